@@ -1,0 +1,106 @@
+"""Frozen settings, validated once (layer 0; imports nothing of this package but its errors)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from multitensor.errors import InputError
+
+DeviceKind = Literal["cpu", "cuda"]
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[f"{_letter}IB"] = 1024**_power
+    _UNITS[_letter] = 1024**_power
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+KV_TYPES = ("auto", "f32", "f16", "bf16")
+KV_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of '24GiB' (1024**3), '80GB' (1000**3) or a plain number. Raises InputError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match.group(2).upper() if match else None
+    if match is None or unit not in _UNITS:
+        raise InputError(f"not a size: {text!r}; write it as 24GiB, 80GB or a number of bytes")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """One device that the user asked for. `kind` None: a size without a device, as `plan --devices 24GiB` has."""
+
+    kind: DeviceKind | None
+    index: int
+    cap_bytes: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind or 'device'}:{self.index}"
+
+
+def parse_devices(text: str) -> tuple[DeviceRequest, ...]:
+    """'cpu:2' (two CPU ranks), 'cuda:0,cuda:1=24GiB' (a cap), 'cuda:2' alone is GPU number 2, or bare sizes
+    '24GiB,24GiB,12GiB' (for planning only). One entry a rank. Raises InputError."""
+    requests: list[DeviceRequest] = []
+    for part in (piece.strip() for piece in text.split(",")):
+        name, _, cap = part.partition("=")
+        cap_bytes = parse_bytes(cap) if cap else None
+        kind, colon, number = name.strip().lower().partition(":")
+        if kind == "cpu" and (not colon or number.isdigit()):
+            count = int(number) if colon else 1
+            if not 1 <= count <= 64:
+                raise InputError(f"--devices: {part!r} asks for {count} CPU ranks; between 1 and 64 are possible")
+            first = sum(r.kind == "cpu" for r in requests)
+            requests += [DeviceRequest("cpu", first + i, cap_bytes) for i in range(count)]
+        elif kind == "cuda" and colon and number.isdigit():
+            requests.append(DeviceRequest("cuda", int(number), cap_bytes))
+        elif part[:1].isdigit() and not cap:
+            requests.append(DeviceRequest(None, len(requests), parse_bytes(part)))
+        else:
+            raise InputError(
+                f"--devices: cannot read {part!r}; write cpu:2, cuda:0,cuda:1, cuda:1=24GiB or (for plan) 24GiB,12GiB"
+            )
+    if len({(r.kind, r.index) for r in requests}) != len(requests):
+        raise InputError(f"--devices: the same device is named twice in {text!r}")
+    return tuple(requests)
+
+
+def parse_ratio(text: str) -> tuple[float, ...]:
+    """'3,1' -> (3.0, 1.0). Raises InputError."""
+    try:
+        ratio = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--ratio: cannot read {text!r}; write one number a device, as in 3,1") from None
+    check_ratio(ratio)
+    return ratio
+
+
+def check_ratio(ratio: tuple[float, ...]) -> None:
+    """Raises InputError unless every part is a finite number >= 0 and one is above 0."""
+    if not all(0 <= part < float("inf") for part in ratio) or not any(part > 0 for part in ratio):
+        raise InputError(f"--ratio: {','.join(map(str, ratio))} is not a ratio; parts are >= 0 and not all 0")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine and its ranks need to know beside the plan.
+
+    dtype: of activations ("float32", "float16" or "bfloat16"; resolved, never "auto").
+    exact: no activation is rounded to 8 bits; reductions and products in float32 where the device is a CPU.
+    max_num_seqs: sequences in one step at most (also the number of sampler slots).
+    max_batch_tokens: query tokens in one step at most (the prefill chunk).
+    block_size: tokens in one KV block.
+    """
+
+    model: str
+    dtype: str
+    exact: bool
+    seed: int
+    max_num_seqs: int
+    max_batch_tokens: int
+    block_size: int

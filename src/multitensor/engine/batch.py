@@ -1,0 +1,75 @@
+"""One step, as it travels from the engine to the ranks and back: plain numpy, picklable, no torch.
+
+THE DATA CLASSES BELOW ARE FIXED (other parts are written against them).
+A flat batch mixes prefill and decode: sequence s has query_lens[s] tokens, which follow context_lens[s] tokens that are
+in the cache already. A token id of -1 means "the token that this slot sampled last", which the engine does not know
+yet, because it reads results one step late; the rank takes it from its own memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class SamplingSetup:
+    """Sent once, when a request takes a slot. Penalties look at prompt_ids and what the slot sampled since."""
+
+    slot: int
+    temperature: float
+    top_k: int  # 0: off
+    top_p: float
+    min_p: float
+    repetition_penalty: float  # prompt and output
+    presence_penalty: float  # output only
+    frequency_penalty: float  # output only
+    logit_bias: dict[int, float]
+    logprobs: int  # -1: none; k: log-probabilities of the chosen token and the top k
+    prompt_ids: np.ndarray  # int32; empty when no penalty needs it
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """S sequences, T = sum(query_lens) tokens.
+
+    slots int32 [S]; query_lens int32 [S]; context_lens int32 [S]; token_ids int32 [T];
+    block_tables int32 [S, B] (physical block of each logical block, 0 past the end);
+    sample bool [S]: this sequence's last token yields a new token;
+    uniforms float64 [S]: in [0, 1), the sequence's random number for this step, keyed by (seed, position);
+    score_top int32 [S]: k >= 1: log-probabilities at each of its query positions (k best, and of the id that
+    follows, from score_next int32 [T], -1 for none); 0: none.
+    """
+
+    step: int
+    slots: np.ndarray
+    query_lens: np.ndarray
+    context_lens: np.ndarray
+    token_ids: np.ndarray
+    block_tables: np.ndarray
+    sample: np.ndarray
+    uniforms: np.ndarray
+    score_top: np.ndarray
+    score_next: np.ndarray
+    setups: tuple[SamplingSetup, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of softmax(logits) of the model, before temperature and penalties... as vLLM's raw mode."""
+
+    token_logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """token_ids int32 [S]: -1 where nothing was sampled. logprobs: by sequence number in the step.
+    scores: sequence number -> one (top_ids, top_logprobs, next_logprob or None) a query position."""
+
+    step: int
+    token_ids: np.ndarray
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    scores: dict[int, list[tuple[list[int], list[float], float | None]]] = field(default_factory=dict)
