@@ -1,0 +1,40 @@
+"""Options that several commands take, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="A .gguf file or a Hugging Face folder.", show_default=False)]
+Tp = Annotated[
+    int | None,
+    typer.Option("--tp", help="Tensor parallel ranks. Default: every GPU found, or one CPU rank.", show_default=False),
+]
+Devices = Annotated[
+    str | None,
+    typer.Option(
+        help="One rank a device: cpu:2 (two CPU ranks), cuda:0,cuda:1=24GiB (a memory cap). `plan` also takes bare "
+        "sizes: 24GiB,24GiB,12GiB.",
+        show_default=False,
+    ),
+]
+Ratio = Annotated[
+    str | None,
+    typer.Option(help="Share of each rank, as 3,1. Default: equal, or by memory where it differs.", show_default=False),
+]
+Ctx = Annotated[
+    int | None,
+    typer.Option("--ctx", help="Context in tokens. Default: the model's own, or what fits.", show_default=False),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="auto, float32, float16, bfloat16. float32 is the exact mode: no activation is rounded to 8 bits.",
+        show_default=False,
+    ),
+]
+KvType = Annotated[
+    str | None, typer.Option("--kv-type", help="Type of the KV cache: auto, f32, f16, bf16.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
