@@ -1,0 +1,207 @@
+"""Attention over a paged cache in plain torch: causal, sliding window, any query-to-KV-head table, mixed batches.
+
+Scores and softmax are float32 (inside torch's fused kernels where these are used). Scratch memory is bounded: long
+prefills run a chunk of queries at a time, long caches are read a few KV heads at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from multitensor.kernels.attention_inputs import AttentionInputs
+
+SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
+GATHER_BYTES = 32 << 20  # keys, and as much again for values, copied out of the cache at a time
+
+
+class HeadGroups:
+    """Query heads arranged by the local KV head that they read: [n_kv_heads, size], short groups padded with head 0.
+
+    kv_map[i] is the local KV head of local query head i; any table will do, sorted or not.
+    """
+
+    def __init__(self, kv_map: Sequence[int], n_kv_heads: int, device: torch.device) -> None:
+        members: list[list[int]] = [[] for _ in range(n_kv_heads)]
+        for head, kv_head in enumerate(kv_map):
+            members[kv_head].append(head)
+        self.n_kv_heads = n_kv_heads
+        self.size = max(map(len, members), default=0)
+        order = [head for group in members for head in group + [0] * (self.size - len(group))]
+        self._order: torch.Tensor | None = None
+        if order != list(range(len(kv_map))):
+            places = {head: kv * self.size + i for kv, group in enumerate(members) for i, head in enumerate(group)}
+            self._order = torch.tensor(order, dtype=torch.int64, device=device)
+            self._places = torch.tensor([places[h] for h in range(len(kv_map))], dtype=torch.int64, device=device)
+
+    def split(self, q: torch.Tensor) -> torch.Tensor:
+        """[n, query heads, D] -> [n, n_kv_heads, size, D]"""
+        arranged = q if self._order is None else q.index_select(1, self._order)
+        return arranged.unflatten(1, (self.n_kv_heads, self.size))
+
+    def merge(self, grouped: torch.Tensor) -> torch.Tensor:
+        """[n, n_kv_heads, size, D] -> [n, query heads, D]"""
+        flat = grouped.flatten(1, 2)
+        return flat if self._order is None else flat.index_select(1, self._places)
+
+
+def write_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Stores k and v [T, H, D] in the cache slots that slot_mapping (int64 [T]) names, rounded to the cache's dtype.
+    Caches: [blocks, block_size, H, D]."""
+    if k.numel():
+        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k.to(k_cache.dtype))
+        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    inputs: AttentionInputs,
+    kv_map: Sequence[int] | HeadGroups,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """q [T, query heads, D] attends to its sequences' cached keys, the step's own (already written) included.
+
+    The query at position p sees positions (p - window, p]; scores are scaled, then softcap * tanh(score / softcap).
+    Caches: [blocks, block_size, KV heads, D]. Returns [T, query heads, D] in q's dtype.
+    """
+    if q.numel() == 0:
+        return torch.empty_like(q)
+    groups = kv_map if isinstance(kv_map, HeadGroups) else HeadGroups(kv_map, k_cache.shape[2], q.device)
+    # Half precision goes through torch's fused kernels on a GPU; everything else is computed in float32.
+    fused_half = q.device.type != "cpu" and q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k_cache.dtype
+    grouped = groups.split(q if fused_half else q.to(torch.float32))
+    out = torch.empty_like(grouped)
+    attend = _Attend(k_cache.flatten(0, 1), v_cache.flatten(0, 1), inputs, grouped.dtype, scale, window, softcap)
+    batched = q.device.type != "cpu" and inputs.has_decodes
+    if batched:
+        attend.decode(grouped, out)
+    for sequence, length in enumerate(inputs.query_lens):
+        if length > 1 or (length == 1 and not batched):
+            start = inputs.query_starts[sequence]
+            attend.sequence(sequence, grouped[start : start + length], out[start : start + length])
+    return groups.merge(out).to(q.dtype)
+
+
+class _Attend:
+    """One call's constants. Caches are flat: [slots, KV heads, D]."""
+
+    def __init__(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        inputs: AttentionInputs,
+        dtype: torch.dtype,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> None:
+        self.keys, self.values, self.inputs, self.dtype = keys, values, inputs, dtype
+        self.scale, self.window, self.softcap = scale, window, softcap
+        # torch's CUDA kernels take half precision and head sizes in eights; others would build all scores at once.
+        on_cpu = keys.device.type == "cpu"
+        self.fused = softcap is None and (on_cpu or (dtype != torch.float32 and keys.shape[-1] % 8 == 0))
+
+    def _heads_at_a_time(self, tokens: int) -> int:
+        return max(1, GATHER_BYTES // (tokens * self.keys.shape[-1] * self.dtype.itemsize))
+
+    def _gather(self, cache: torch.Tensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
+        """[..., L] slots -> [..., heads, L, D] in the working dtype."""
+        return cache[:, heads][slots].to(self.dtype).transpose(-2, -3)
+
+    def sequence(self, sequence: int, q: torch.Tensor, out: torch.Tensor) -> None:
+        """q, out: [n, KV heads, group, D], the sequence's new tokens."""
+        context, n = self.inputs.context_lens[sequence], q.shape[0]
+        first = 0 if self.window is None else max(0, context - self.window + 1)
+        slots = self._slots(sequence, first, context + n)
+        step = self._heads_at_a_time(slots.shape[0])
+        for head in range(0, q.shape[1], step):
+            heads = slice(head, head + step)
+            k = self._gather(self.keys, slots, heads)
+            v = self._gather(self.values, slots, heads)
+            self._prefill(q[:, heads].permute(1, 2, 0, 3), k, v, context, first, out[:, heads].permute(1, 2, 0, 3))
+
+    def _slots(self, sequence: int, first: int, stop: int) -> torch.Tensor:
+        """int64 [stop - first]: flat cache slots of the sequence's positions [first, stop)."""
+        size = self.inputs.block_size
+        block = first // size
+        table = self.inputs.block_tables[sequence, block : -(-stop // size)]
+        offsets = torch.arange(size, device=table.device)
+        return (table.unsqueeze(1) * size + offsets).flatten()[first - block * size : stop - block * size]
+
+    def _prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, first: int, out: torch.Tensor
+    ) -> None:
+        """q, out: [H, group, n, D]; k, v: [H, L, D], whose key 0 is at position `first`."""
+        heads, group, n, _ = q.shape
+        if self.fused and context == 0 and (self.window is None or n <= self.window):
+            expanded = (heads, group, *k.shape[1:])
+            k, v = k.unsqueeze(1).expand(expanded), v.unsqueeze(1).expand(expanded)
+            out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=self.scale))
+            return
+        per_query = k.shape[1] * (1 if self.fused else heads * group)
+        step = max(1, SCORE_ELEMENTS // per_query)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            low = 0 if self.window is None else max(first, context + start - self.window + 1) - first
+            high = context + stop - first
+            mask = self._mask(context + start, context + stop, first + low, first + high, q.device)
+            piece = self._scores_to_values(q[:, :, start:stop], k[:, low:high], v[:, low:high], mask)
+            out[:, :, start:stop] = piece
+
+    def _mask(self, start: int, stop: int, low: int, high: int, device: torch.device) -> torch.Tensor | None:
+        """bool [queries at positions start..stop, keys at positions low..high]: who sees whom; None: all see all."""
+        if stop - start == 1:
+            return None  # the callers have narrowed the keys to what one query sees
+        positions = torch.arange(start, stop, device=device).unsqueeze(1)
+        keys = torch.arange(low, high, device=device)
+        mask = keys <= positions
+        return mask if self.window is None else mask & (keys > positions - self.window)
+
+    def _scores_to_values(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """q [H, group, n, D]; k, v [H, L, D]; mask [n, L] -> [H, group, n, D]"""
+        heads, group, n, size = q.shape
+        if self.fused:
+            expanded = (heads, group, k.shape[1], size)
+            k, v = k.unsqueeze(1).expand(expanded), v.unsqueeze(1).expand(expanded)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        scores = torch.bmm(q.reshape(heads, group * n, size), k.mT).view(heads, group, n, -1)
+        weights = self._softmax(scores, mask)
+        return torch.bmm(weights.view(heads, group * n, -1), v).view(heads, group, n, size)
+
+    def _softmax(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Raw products (overwritten), mask broadcastable to them -> weights in the working dtype, through float32."""
+        scores = scores.to(torch.float32).mul_(self.scale)
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if mask is not None:
+            scores = scores.masked_fill_(~mask, float("-inf"))
+        return torch.softmax(scores, dim=-1).to(self.dtype)
+
+    def decode(self, q: torch.Tensor, out: torch.Tensor) -> None:
+        """All one-token sequences together, keys padded to the longest of a chunk. q, out: [T, KV heads, group, D]."""
+        token_bytes = self.keys.shape[1] * self.keys.shape[2] * self.dtype.itemsize
+        for chunk in self.inputs.decode_chunks(self.window, GATHER_BYTES // token_bytes):
+            chosen = q.index_select(0, chunk.rows)
+            result = torch.empty_like(chosen)
+            step = self._heads_at_a_time(chunk.slots.numel())
+            for head in range(0, q.shape[1], step):
+                heads = slice(head, head + step)
+                k = self._gather(self.keys, chunk.slots, heads)
+                v = self._gather(self.values, chunk.slots, heads)
+                mask = chunk.mask[:, None, None]
+                if self.fused:
+                    piece = F.scaled_dot_product_attention(chosen[:, heads], k, v, attn_mask=mask, scale=self.scale)
+                else:
+                    piece = torch.matmul(self._softmax(torch.matmul(chosen[:, heads], k.mT), mask), v)
+                result[:, heads] = piece
+            out.index_copy_(0, chunk.rows, result)

@@ -1,0 +1,119 @@
+"""What attention needs to know of one step: made once a step, read by every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+KEY_ALIGNMENT = 16  # padded key counts are multiples of this, as fused GPU kernels want their masks
+
+
+class DecodeChunk(NamedTuple):
+    """Some of the sequences of a step that have one query token each, with the keys they see padded to one length.
+
+    rows: int64 [S] flat query row of each. slots: int64 [S, L] flat cache slots of the keys each sees; padding repeats
+    the sequence's own last key, so that nothing of another request is ever read. mask: bool [S, L], False on padding.
+    """
+
+    rows: torch.Tensor
+    slots: torch.Tensor
+    mask: torch.Tensor
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """S sequences with T query tokens in all, laid one after another; see engine/batch.py for the step they come from.
+
+    query_lens, context_lens: [S] query tokens, and tokens that are in the cache before the step.
+    query_starts: [S] first flat row of each sequence.
+    block_tables: int64 [S, B]: physical block of each logical block (anything past the end, so long as it exists).
+    slot_mapping: int64 [T]: flat cache slot (physical block * block_size + offset) of each new token.
+    positions: int64 [T]: position of each new token in its sequence.
+    The tensors lie on the rank's device.
+    """
+
+    query_lens: list[int]
+    context_lens: list[int]
+    query_starts: list[int]
+    block_tables: torch.Tensor
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor
+    block_size: int
+    _decode_chunks: dict[tuple[int | None, int], list[DecodeChunk]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @staticmethod
+    def build(
+        query_lens: Sequence[int] | np.ndarray,
+        context_lens: Sequence[int] | np.ndarray,
+        block_tables: np.ndarray,
+        block_size: int,
+        device: torch.device,
+    ) -> AttentionInputs:
+        """From a step's lengths and integer block tables [S, B]; positions and slots are computed on the host."""
+        queries = np.asarray(query_lens, dtype=np.int64)
+        contexts = np.asarray(context_lens, dtype=np.int64)
+        tables = np.asarray(block_tables, dtype=np.int64).reshape(len(queries), -1)
+        starts = np.cumsum(queries) - queries
+        sequence = np.repeat(np.arange(len(queries)), queries)
+        positions = np.arange(int(queries.sum())) - starts[sequence] + contexts[sequence]
+        slots = tables[sequence, positions // block_size] * block_size + positions % block_size
+
+        def to_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+        return AttentionInputs(
+            query_lens=queries.tolist(),
+            context_lens=contexts.tolist(),
+            query_starts=starts.tolist(),
+            block_tables=to_device(tables),
+            slot_mapping=to_device(slots),
+            positions=to_device(positions),
+            block_size=block_size,
+        )
+
+    @cached_property
+    def has_decodes(self) -> bool:
+        """Whether some sequence has exactly one query token."""
+        return 1 in self.query_lens
+
+    def decode_chunks(self, window: int | None, max_tokens: int) -> list[DecodeChunk]:
+        """The one-token sequences in chunks of about max_tokens padded keys. Made at the first layer of a kind, then
+        shared by the step's other layers."""
+        key = (window, max_tokens)
+        if key not in self._decode_chunks:
+            visible = {
+                s: self.context_lens[s] + 1 if window is None else min(window, self.context_lens[s] + 1)
+                for s, length in enumerate(self.query_lens)
+                if length == 1
+            }
+            chunks = []
+            order = sorted(visible, key=lambda s: -visible[s])  # neighbours of like length: little padding
+            while order:
+                longest = -(-visible[order[0]] // KEY_ALIGNMENT) * KEY_ALIGNMENT
+                count = max(1, max_tokens // longest)
+                chunks.append(self._decode_chunk(order[:count], visible, longest))
+                order = order[count:]
+            self._decode_chunks[key] = chunks
+        return self._decode_chunks[key]
+
+    def _decode_chunk(self, sequences: list[int], visible: dict[int, int], longest: int) -> DecodeChunk:
+        device = self.block_tables.device
+        numbers = [
+            sequences,
+            [self.query_starts[s] for s in sequences],
+            [self.context_lens[s] + 1 - visible[s] for s in sequences],
+            [visible[s] for s in sequences],
+        ]
+        which, rows, first, seen = torch.tensor(numbers, dtype=torch.int64).to(device).unsqueeze(-1).unbind(0)
+        steps = torch.arange(longest, device=device)
+        positions = first + torch.minimum(steps, seen - 1)
+        blocks = self.block_tables[which.squeeze(-1)].gather(1, positions // self.block_size)
+        slots = blocks * self.block_size + positions % self.block_size
+        return DecodeChunk(rows.squeeze(-1), slots, steps < seen)
