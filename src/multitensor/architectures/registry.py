@@ -1,0 +1,26 @@
+"""Architecture name -> declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from multitensor.architectures import llama
+from multitensor.architectures.spec import ModelSpec
+from multitensor.errors import InputError
+from multitensor.formats.checkpoint import Checkpoint
+
+# GGUF's general.architecture and config.json's model_type; where both exist they mean the same model.
+ARCHITECTURES: Mapping[str, Callable[[Checkpoint], ModelSpec]] = MappingProxyType({"llama": llama.declare})
+
+
+def resolve(checkpoint: Checkpoint) -> ModelSpec:
+    """The model that a checkpoint holds. Raises InputError for an architecture that is unknown (naming the known
+    ones), and for a file whose tensors are not those of its architecture."""
+    declare = ARCHITECTURES.get(checkpoint.architecture)
+    if declare is None:
+        raise InputError(
+            f"{checkpoint.path.name}: unknown architecture {checkpoint.architecture!r}; known: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    return declare(checkpoint)

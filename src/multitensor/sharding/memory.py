@@ -1,0 +1,83 @@
+"""Plan -> bytes per device: weights, KV cache, buffers (never imports torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from multitensor.config import KV_ELEMENT_BYTES
+from multitensor.sharding.plan import Plan, RankPlan
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MIB = 1 << 20
+
+# What a GPU holds beside this project's own tensors: the CUDA context with its kernels and cuBLAS's workspace, and
+# NCCL's channels when there is more than one rank. Estimates; to be calibrated by measuring.
+CUDA_CONTEXT_BYTES = 640 * MIB
+NCCL_BYTES = 256 * MIB
+# The caching allocator rounds blocks up and keeps freed ones.
+CUDA_ALLOCATOR_BYTES = 256 * MIB
+# Host memory of a CPU rank: the interpreter and torch.
+CPU_PROCESS_BYTES = 320 * MIB
+# Staging of the loader: device copies of its chunks on a GPU, buffers and the repacker's temporaries on a CPU.
+CUDA_LOADER_BYTES = 4 * 32 * MIB
+CPU_LOADER_BYTES = 32 * MIB
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes on one device. weights: by group ("attention", "ffn", "vocabulary", "shared"). kv: the pool of cache
+    blocks. buffer_parts: by use, everything else."""
+
+    weights: Mapping[str, int]
+    kv: int
+    buffer_parts: Mapping[str, int]
+
+    @property
+    def buffers(self) -> int:
+        return sum(self.buffer_parts.values())
+
+    @property
+    def total(self) -> int:
+        return sum(self.weights.values()) + self.kv + self.buffers
+
+
+def device_memory(plan: Plan) -> tuple[DeviceMemory, ...]:
+    """What each rank's device will hold, in rank order."""
+    return tuple(
+        DeviceMemory(_weights(plan, rank.rank), kv_bytes_per_token(plan, rank) * plan.kv_tokens, _buffers(plan, rank))
+        for rank in plan.ranks
+    )
+
+
+def _weights(plan: Plan, rank: int) -> dict[str, int]:
+    groups = {"attention": 0, "ffn": 0, "vocabulary": 0, "shared": 0}
+    for tensor in plan.tensors.values():
+        groups[tensor.decl.group] = groups.get(tensor.decl.group, 0) + tensor.resident_bytes(rank)
+    return groups
+
+
+def kv_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
+    """Keys and values of one token in all layers, on this rank."""
+    return 2 * plan.spec.n_layers * rank.kv_heads.size * plan.spec.head_dim * KV_ELEMENT_BYTES[plan.kv_type]
+
+
+def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
+    spec, tokens = plan.spec, plan.max_batch_tokens
+    element = DTYPE_BYTES[plan.dtype]
+    attention = (2 * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
+    # Residual, normed input, partial sum and one temporary of the hidden state; the widest phase beside them.
+    activations = tokens * element * (4 * spec.hidden_size + max(attention, 3 * rank.ffn.size))
+    # Sampling works on the whole vocabulary in float32: gathered logits, sorted copies, probabilities.
+    logits = plan.max_num_seqs * 4 * (rank.vocabulary.size + 4 * spec.vocab_size)
+    if rank.device.kind == "cpu":
+        fixed = {"process": CPU_PROCESS_BYTES, "loader": CPU_LOADER_BYTES}
+    else:
+        nccl = NCCL_BYTES if plan.size > 1 else 0
+        fixed = {
+            "cuda_context": CUDA_CONTEXT_BYTES,
+            "nccl": nccl,
+            "allocator": CUDA_ALLOCATOR_BYTES,
+            "loader": CUDA_LOADER_BYTES,
+        }
+    return {"activations": activations, "logits": logits, **fixed}
