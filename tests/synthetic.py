@@ -105,7 +105,9 @@ def _matrices(arch: str, dims: Mapping[str, int], tied: bool, qkv_bias: bool) ->
     def weight(name: str, rows: int, columns: int, gain: float = 1.0) -> Matrix:
         return Matrix(name, (rows, columns), gain / columns**0.5)
 
-    out = [weight("token_embd.weight", dims["vocab"], hidden, 4.0)]
+    # Gemma multiplies its embeddings by sqrt(hidden): small ones, or the tied head would repeat the last token.
+    gemma = arch == "gemma3"
+    out = [weight("token_embd.weight", dims["vocab"], hidden, 0.5 if gemma and tied else 4.0)]
     for layer in range(dims["n_layers"]):
         block = [
             norm("attn_norm.weight", hidden),
@@ -118,7 +120,7 @@ def _matrices(arch: str, dims: Mapping[str, int], tied: bool, qkv_bias: bool) ->
         if arch in ("qwen3", "gemma3"):
             block += [norm("attn_q_norm.weight", head_dim), norm("attn_k_norm.weight", head_dim)]
         block.append(weight("attn_output.weight", hidden, queries))
-        if arch == "gemma3":
+        if gemma:
             block.append(norm("post_attention_norm.weight", hidden))
         block += [
             norm("ffn_norm.weight", hidden),
@@ -126,10 +128,12 @@ def _matrices(arch: str, dims: Mapping[str, int], tied: bool, qkv_bias: bool) ->
             weight("ffn_up.weight", ffn, hidden),
             weight("ffn_down.weight", hidden, ffn),
         ]
-        if arch == "gemma3":
+        if gemma:
             block.append(norm("post_ffw_norm.weight", hidden))
         out += [Matrix(f"blk.{layer}.{m.name}", m.shape, m.std, m.mean) for m in block]
-    out.append(norm("output_norm.weight", hidden))
+    out.append(
+        Matrix("output_norm.weight", (hidden,), 0.5, 8.0) if gemma and tied else norm("output_norm.weight", hidden)
+    )
     if not tied:
         out.append(weight("output.weight", dims["vocab"], hidden, 4.0))
     return out
