@@ -74,3 +74,13 @@ class Fields:
         if value is not None and not isinstance(value, str):
             raise self.error(name, f"is {str(value)[:40]!r}; text was expected")
         return default if value is None else value
+
+    def sliding_layers(self, count: int, otherwise: Sequence[bool]) -> Sequence[bool]:
+        """Which layers have a sliding window: by config.json's layer_types, else `otherwise`. Raises InputError."""
+        kinds = self.raw("layer_types")
+        if kinds is None:
+            return otherwise
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(kinds, Sequence) or len(kinds) != count or any(kind not in known for kind in kinds):
+            raise self.error("layer_types", f"should name one of {' and '.join(known)} for each of {count} layers")
+        return [kind == "sliding_attention" for kind in kinds]

@@ -10,7 +10,7 @@ from multitensor.architectures.spec import LayerSpec, ModelSpec
 from multitensor.formats.checkpoint import Checkpoint
 
 
-def declare(checkpoint: Checkpoint) -> ModelSpec:
+def declare_llama(checkpoint: Checkpoint) -> ModelSpec:
     fields = Fields.of(checkpoint)
     names = canonical_names(checkpoint)
     dims = read_dimensions(checkpoint, fields, names)
