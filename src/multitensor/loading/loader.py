@@ -1,0 +1,271 @@
+"""Plan + checkpoint -> this rank's weights on its device, streamed (layer 6).
+
+A rank reads only the file bytes of its own slices: a range of rows is one contiguous range of the file, a range of
+columns is a strided set of blocks, widened to whole file blocks. Bytes go through a few fixed staging buffers (pinned
+when the device is a GPU) that reader threads fill while the chunk before is repacked on the device, so the host never
+holds more of the model than those buffers. Not one bit of a weight is changed.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from multitensor.errors import InputError
+from multitensor.formats.checkpoint import Checkpoint, TensorInfo
+from multitensor.formats.quant_types import QuantType
+from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.repack import repack, slice_phase
+from multitensor.sharding.plan import Plan, Slice, TensorPlan
+
+Progress = Callable[[int, int], None]
+Weight = QuantTensor | torch.Tensor
+
+CUDA_CHUNK_BYTES = 32 << 20
+CUDA_BUFFERS = 4
+CPU_CHUNK_BYTES = 4 << 20  # small: repacking makes temporaries of a few times the chunk
+CPU_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows [row, row + rows) of a tensor, file bytes [start_byte, stop_byte) of each; they become rows from
+    `target_row` on of the tensor `name`."""
+
+    name: str
+    info: TensorInfo
+    row: int
+    rows: int
+    row_bytes: int
+    start_byte: int
+    stop_byte: int
+    target_row: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows * (self.stop_byte - self.start_byte)
+
+
+@dataclass
+class _Staging:
+    """One host buffer, its copy on the device (the same memory on a CPU), and the event after which it is free."""
+
+    host: torch.Tensor
+    device: torch.Tensor
+    free: torch.cuda.Event | None
+
+
+def load_rank(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    rank: int,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """This rank's weights by canonical name: matrices as QuantTensor in their file's type, vectors as float32 tensors.
+
+    The spec's norm_offset is added to norm weights here, so nothing after the loader knows of it. A tensor of which
+    the rank holds nothing is absent. progress(bytes read, bytes to read) after each chunk.
+    Raises InputError when a type has no kernel yet or a file ends early.
+    """
+    wanted = [(tensor, tensor.slices[rank]) for tensor in plan.tensors.values()]
+    return load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress)
+
+
+def load_tensors(
+    checkpoint: Checkpoint,
+    wanted: Sequence[tuple[TensorPlan, tuple[Slice, ...]]],
+    device: torch.device,
+    norm_offset: float,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """As `load_rank`, for any choice of tensors and slices; `verify` loads single whole layers through it."""
+    on_gpu = device.type == "cuda"
+    chunk_bytes = CUDA_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES
+    weights: dict[str, Weight] = {}
+    columns: dict[str, Slice] = {}
+    chunks: list[_Chunk] = []
+    for tensor, slices in wanted:
+        if sum(s.size for s in slices) == 0:
+            continue
+        rows, columns[tensor.name] = _ranges(tensor, slices)
+        weights[tensor.name] = _allocate(tensor.decl.info, sum(r.size for r in rows), columns[tensor.name], device)
+        chunks.extend(_chunks(tensor, rows, columns[tensor.name], chunk_bytes))
+    total = sum(chunk.nbytes for chunk in chunks)
+    done = 0
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb", buffering=0)) for path in checkpoint.files]
+        fds = [file.fileno() for file in files]
+        count = CUDA_BUFFERS if on_gpu else CPU_BUFFERS
+        staging = _make_staging(min(count, len(chunks)), max((c.nbytes for c in chunks), default=0), device)
+        for chunk, raw in _stream(checkpoint, fds, chunks, staging):
+            _store(weights[chunk.name], chunk, raw, columns[chunk.name])
+            done += chunk.nbytes
+            if progress is not None:
+                progress(done, total)
+    if norm_offset:
+        for name, weight in weights.items():
+            if isinstance(weight, torch.Tensor) and name.endswith("_norm.weight"):
+                weight += norm_offset
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        del staging
+        torch.cuda.empty_cache()
+    return weights
+
+
+def _matrix_shape(info: TensorInfo) -> tuple[int, int]:
+    """(rows, columns); leading axes of a stack of matrices are counted as rows, a vector is one row."""
+    return int(np.prod(info.shape[:-1], dtype=np.int64)), info.shape[-1]
+
+
+def _ranges(tensor: TensorPlan, slices: tuple[Slice, ...]) -> tuple[tuple[Slice, ...], Slice]:
+    """(ranges of rows, range of columns) of the file's matrix that the slices of the tensor's axis stand for."""
+    info = tensor.decl.info
+    rows, cols = _matrix_shape(info)
+    if len(info.shape) == 1:
+        if len(slices) != 1:
+            raise InputError(f"{tensor.name}: a vector cut in {len(slices)} segments cannot be loaded")
+        return (Slice(0, 1),), slices[0]
+    if tensor.axis is None:
+        return (Slice(0, rows),), Slice(0, cols)
+    if tensor.axis == 1 and len(slices) == 1:
+        return (Slice(0, rows),), slices[0]
+    if tensor.axis == 0 and len(info.shape) == 2:
+        return tuple(s for s in slices if s.size), Slice(0, cols)
+    raise InputError(f"{tensor.name}: a cut of axis {tensor.axis} in {len(slices)} segments cannot be loaded")
+
+
+def _allocate(info: TensorInfo, rows: int, cols: Slice, device: torch.device) -> Weight:
+    kind = info.type
+    if not kind.computable:
+        raise InputError(f"{info.name}: no kernel computes with type {kind.name} yet; use a file in another type")
+    if len(info.shape) == 1:
+        return torch.empty(cols.size, dtype=torch.float32, device=device)
+    planes = {
+        p.name: torch.empty(rows, p.row_items(cols.start, cols.stop), dtype=getattr(torch, p.dtype), device=device)
+        for p in kind.planes
+    }
+    weight = QuantTensor(kind, rows, cols.size, planes, phase=slice_phase(kind, cols.start))
+    expected = kind.resident_bytes(rows, cols.start, cols.stop)
+    if weight.nbytes != expected:
+        raise AssertionError(f"{info.name}: {weight.nbytes} bytes allocated, {expected} planned")
+    return weight
+
+
+def _chunks(tensor: TensorPlan, rows: tuple[Slice, ...], cols: Slice, limit: int) -> Iterator[_Chunk]:
+    info = tensor.decl.info
+    kind = info.type
+    first, last = kind.read_columns(cols.start, cols.stop) if len(info.shape) > 1 else cols
+    row_bytes = info.nbytes // _matrix_shape(info)[0]
+    start, stop = kind.row_bytes(first), min(kind.row_bytes(last), row_bytes)
+    step = max(1, limit // max(1, stop - start))
+    target = 0
+    for part in rows:
+        for row in range(part.start, part.stop, step):
+            count = min(step, part.stop - row)
+            yield _Chunk(tensor.name, info, row, count, row_bytes, start, stop, target)
+            target += count
+
+
+def _make_staging(count: int, nbytes: int, device: torch.device) -> list[_Staging]:
+    staging = []
+    for _ in range(count):
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        if device.type == "cuda":
+            staging.append(_Staging(host, torch.empty(nbytes, dtype=torch.uint8, device=device), torch.cuda.Event()))
+        else:
+            staging.append(_Staging(host, host, None))
+    return staging
+
+
+def _stream(
+    checkpoint: Checkpoint, fds: list[int], chunks: list[_Chunk], staging: list[_Staging]
+) -> Iterator[tuple[_Chunk, torch.Tensor]]:
+    """Each chunk with its bytes on the device, uint8 [rows, bytes], in order; valid until the next one is taken.
+
+    As many chunks as there are buffers are being read ahead. On a GPU a buffer is handed to its reader again at
+    once, and the reader waits for the event that says that the device has done with it.
+    """
+    pending: deque[tuple[_Chunk, _Staging, Future[None]]] = deque()
+    upcoming = iter(chunks)
+    readers = max(1, len(staging) - 1)
+    with ThreadPoolExecutor(readers, thread_name_prefix="weights") as pool:
+
+        def read_ahead(buffer: _Staging) -> None:
+            chunk = next(upcoming, None)
+            if chunk is not None:
+                pending.append((chunk, buffer, pool.submit(_read, checkpoint, fds[chunk.info.file], chunk, buffer)))
+
+        for buffer in staging:
+            read_ahead(buffer)
+        while pending:
+            chunk, buffer, future = pending.popleft()
+            future.result()
+            if buffer.free is not None:
+                buffer.device[: chunk.nbytes].copy_(buffer.host[: chunk.nbytes], non_blocking=True)
+            yield chunk, buffer.device[: chunk.nbytes].view(chunk.rows, -1)
+            if buffer.free is not None:
+                buffer.free.record()
+            read_ahead(buffer)
+
+
+def _read(checkpoint: Checkpoint, fd: int, chunk: _Chunk, buffer: _Staging) -> None:
+    """Fills the host buffer with the chunk's bytes; runs in a reader thread. Raises InputError at an early end."""
+    if buffer.free is not None:
+        buffer.free.synchronize()
+    target = buffer.host[: chunk.nbytes].numpy()
+    begin = chunk.row * chunk.row_bytes
+    if chunk.nbytes == chunk.rows * chunk.row_bytes:
+        _read_contiguous(fd, chunk, target, chunk.info.offset + begin)
+        return
+    end = begin + chunk.rows * chunk.row_bytes
+    view = checkpoint.raw(chunk.info, begin, end)
+    source = np.frombuffer(view, dtype=np.uint8).reshape(chunk.rows, chunk.row_bytes)
+    target.reshape(chunk.rows, -1)[...] = source[:, chunk.start_byte : chunk.stop_byte]
+    _drop_pages(view, chunk.info.offset + begin)
+
+
+def _read_contiguous(fd: int, chunk: _Chunk, target: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < chunk.nbytes:
+        got = os.preadv(fd, [memoryview(target)[done:]], offset + done)
+        if got == 0:
+            raise InputError(f"{chunk.name}: the file ends {chunk.nbytes - done} bytes early; it changed after opening")
+        done += got
+
+
+def _drop_pages(view: memoryview, offset: int) -> None:
+    """Unmaps the pages just read from this process (they stay in the page cache), so that its memory stays small."""
+    mapping = view.obj
+    if isinstance(mapping, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (offset + view.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if length > 0:
+            mapping.madvise(mmap.MADV_DONTNEED, first, length)
+
+
+def _store(weight: Weight, chunk: _Chunk, raw: torch.Tensor, cols: Slice) -> None:
+    kind: QuantType = chunk.info.type
+    if isinstance(weight, torch.Tensor):
+        values = repack(kind, raw, cols.start, cols.start, cols.stop)
+        weight.copy_(_vector(kind, values))
+        return
+    first = kind.read_columns(cols.start, cols.stop)[0]
+    rows = slice(chunk.target_row, chunk.target_row + chunk.rows)
+    for name, part in repack(kind, raw, first, cols.start, cols.stop).items():
+        weight.planes[name][rows].copy_(part)
+
+
+def _vector(kind: QuantType, planes: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if not kind.is_float:
+        raise InputError(f"a vector of type {kind.name} is unknown; norms and biases are float32, float16 or bfloat16")
+    return planes["weight"][0].float()

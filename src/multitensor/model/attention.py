@@ -1,0 +1,87 @@
+"""Self-attention on the heads that this rank holds; the result is a partial sum over the ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from multitensor.architectures.spec import LayerSpec, ModelSpec
+from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.dispatch import Kernels
+from multitensor.model.linear import Weights, matrix, optional_vector, vector
+from multitensor.sharding.plan import RankPlan
+
+KVCache = tuple[torch.Tensor, torch.Tensor]  # keys and values, each [blocks, block_size, local KV heads, head_dim]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What all layers share of one step. ropes[i]: cos and sin, float32 [T, R / 2], of ModelSpec.ropes[i]."""
+
+    inputs: AttentionInputs
+    ropes: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+
+
+class Attention:
+    """Column-parallel Q, K and V, row-parallel output. Local sizes come from the plan; nothing is divided here.
+
+    adds_bias: this rank adds the output's bias, so that the sum over ranks has it once.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: LayerSpec,
+        rank: RankPlan,
+        weights: Weights,
+        prefix: str,
+        kernels: Kernels,
+        *,
+        adds_bias: bool,
+    ) -> None:
+        self.kernels = kernels
+        self.hidden_size = spec.hidden_size
+        self.head_dim = spec.head_dim
+        self.n_heads = rank.query_heads.size
+        self.n_kv_heads = rank.kv_heads.size
+        self.kv_map = rank.kv_map
+        self.scale = spec.attention_scale
+        self.softcap = spec.attention_softcap
+        self.window = layer.window
+        self.rope = layer.rope
+        self.rope_style = spec.ropes[layer.rope].style
+        self.eps = spec.norm_eps
+        if self.n_heads == 0:
+            return
+        self.q, self.k, self.v, self.output = (
+            matrix(weights, f"{prefix}attn_{name}.weight") for name in ("q", "k", "v", "output")
+        )
+        self.q_bias, self.k_bias, self.v_bias = (
+            optional_vector(weights, f"{prefix}attn_{name}.bias") for name in "qkv"
+        )
+        self.output_bias = optional_vector(weights, f"{prefix}attn_output.bias") if adds_bias else None
+        self.q_norm = vector(weights, f"{prefix}attn_q_norm.weight") if spec.qk_norm else None
+        self.k_norm = vector(weights, f"{prefix}attn_k_norm.weight") if spec.qk_norm else None
+
+    def __call__(self, x: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
+        """x [T, hidden], normalised -> this rank's part of the sub-layer's output, [T, hidden]."""
+        if self.n_heads == 0:
+            return x.new_zeros(x.shape)
+        kernels = self.kernels
+        n_tokens = x.shape[0]
+        q = kernels.linear(x, self.q, self.q_bias).view(n_tokens, self.n_heads, self.head_dim)
+        k = kernels.linear(x, self.k, self.k_bias).view(n_tokens, self.n_kv_heads, self.head_dim)
+        v = kernels.linear(x, self.v, self.v_bias).view(n_tokens, self.n_kv_heads, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = kernels.rms_norm(q, self.q_norm, self.eps)
+            k = kernels.rms_norm(k, self.k_norm, self.eps)
+        cos, sin = step.ropes[self.rope]
+        q = kernels.apply_rope(q, cos, sin, self.rope_style)
+        k = kernels.apply_rope(k, cos, sin, self.rope_style)
+        keys, values = cache
+        kernels.write_kv(k, v, keys, values, step.inputs.slot_mapping)
+        mixed = kernels.paged_attention(
+            q, keys, values, step.inputs, self.kv_map, self.scale, self.window, self.softcap
+        )
+        return kernels.linear(mixed.reshape(n_tokens, self.n_heads * self.head_dim), self.output, self.output_bias)

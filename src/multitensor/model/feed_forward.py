@@ -1,0 +1,38 @@
+"""The gated feed-forward network on the units that this rank holds; the result is a partial sum over the ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from multitensor.architectures.spec import ModelSpec
+from multitensor.kernels.dispatch import Kernels
+from multitensor.model.linear import Weights, matrix, optional_vector
+from multitensor.sharding.plan import RankPlan
+
+
+class FeedForward:
+    """Column-parallel gate and up, row-parallel down. adds_bias: as in Attention."""
+
+    def __init__(
+        self, spec: ModelSpec, rank: RankPlan, weights: Weights, prefix: str, kernels: Kernels, *, adds_bias: bool
+    ) -> None:
+        self.kernels = kernels
+        self.activation = spec.activation
+        self.size = rank.ffn.size
+        if self.size == 0:
+            return
+        self.gate, self.up, self.down = (
+            matrix(weights, f"{prefix}ffn_{name}.weight") for name in ("gate", "up", "down")
+        )
+        self.gate_bias = optional_vector(weights, f"{prefix}ffn_gate.bias")
+        self.up_bias = optional_vector(weights, f"{prefix}ffn_up.bias")
+        self.down_bias = optional_vector(weights, f"{prefix}ffn_down.bias") if adds_bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden], normalised -> this rank's part of the sub-layer's output, [T, hidden]."""
+        if self.size == 0:
+            return x.new_zeros(x.shape)
+        kernels = self.kernels
+        gate = kernels.linear(x, self.gate, self.gate_bias)
+        up = kernels.linear(x, self.up, self.up_bias)
+        return kernels.linear(kernels.gated_activation(gate, up, self.activation), self.down, self.down_bias)
