@@ -57,6 +57,11 @@ def write_kv(
         v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
 
 
+def batches_decodes(device: torch.device) -> bool:
+    """Whether one-token sequences are padded and run together (a GPU's launches cost more than the padding)."""
+    return device.type != "cpu"
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -80,7 +85,7 @@ def paged_attention(
     grouped = groups.split(q if fused_half else q.to(torch.float32))
     out = torch.empty_like(grouped)
     attend = _Attend(k_cache.flatten(0, 1), v_cache.flatten(0, 1), inputs, grouped.dtype, scale, window, softcap)
-    batched = q.device.type != "cpu" and inputs.has_decodes
+    batched = inputs.has_decodes and batches_decodes(q.device)
     if batched:
         attend.decode(grouped, out)
     for sequence, length in enumerate(inputs.query_lens):

@@ -53,8 +53,9 @@ def linear(x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) ->
 
 
 def embedding(ids: torch.Tensor, w: QuantTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows `ids` (integers [T]) of w: [T, cols] in `dtype`. An id outside [0, w.rows) gives zeros: it is another rank's,
-    so a rank that holds the rows from `start` passes ids - start and the ranks' results add up to the embedding."""
+    """Rows `ids` (integers [T]) of w: [T, cols] in `dtype`. An id outside [0, w.rows) gives zeros, being another
+    rank's: a rank that holds the rows from `start` passes ids - start, and the ranks' results add up to the embedding.
+    """
     if w.rows == 0:
         return torch.zeros((ids.shape[0], w.cols), dtype=dtype, device=w.device)
     ids = ids.to(torch.int64)

@@ -1,0 +1,226 @@
+"""Paged attention against dense float64 attention: random block tables, windows, softcaps and head tables."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from multitensor.kernels import attention
+from multitensor.kernels.attention import HeadGroups, paged_attention, write_kv
+from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.dispatch import make_kernels
+
+CPU = torch.device("cpu")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+
+
+class Case:
+    """Sequences with histories, their cache filled through write_kv step by step, the rest of the cache poisoned."""
+
+    def __init__(
+        self,
+        query_lens: list[int],
+        context_lens: list[int],
+        kv_map: tuple[int, ...],
+        n_kv_heads: int,
+        head_dim: int = 16,
+        block_size: int = 4,
+        seed: int = 0,
+        cache_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        self.kv_map, self.query_lens, self.context_lens = kv_map, query_lens, context_lens
+        lengths = [q + c for q, c in zip(query_lens, context_lens, strict=True)]
+        blocks = [-(-length // block_size) for length in lengths]
+        physical = rng.permutation(sum(blocks) + 3)  # some blocks belong to nobody
+        tables = np.full((len(lengths), max(blocks, default=0) + 1), physical[-1] if len(lengths) else 0)
+        ends = np.cumsum(blocks)
+        for s, (count, end) in enumerate(zip(blocks, ends, strict=True)):
+            tables[s, :count] = physical[end - count : end]
+        shape = (len(physical), block_size, n_kv_heads, head_dim)
+        poison = float("nan")  # a key or value of somebody else must never be touched
+        self.k_cache = torch.full(shape, poison, dtype=cache_dtype, device=device)
+        self.v_cache = torch.full(shape, poison, dtype=cache_dtype, device=device)
+        self.inputs = AttentionInputs.build(query_lens, context_lens, tables, block_size, torch.device(device))
+        self.q = torch.randn(sum(query_lens), len(kv_map), head_dim, generator=generator).to(device, dtype)
+        self.keys = [torch.randn(n, n_kv_heads, head_dim, generator=generator).to(cache_dtype) for n in lengths]
+        self.values = [torch.randn(n, n_kv_heads, head_dim, generator=generator).to(cache_dtype) for n in lengths]
+        past = AttentionInputs.build(context_lens, [0] * len(lengths), tables, block_size, torch.device(device))
+        new = zip(context_lens, lengths, strict=True)
+        for inputs, spans in ((past, [(0, c) for c in context_lens]), (self.inputs, list(new))):
+            for cache, source in ((self.k_cache, self.keys), (self.v_cache, self.values)):
+                pieces = [x[a:b] for x, (a, b) in zip(source, spans, strict=True)]
+                written = torch.cat([*pieces, torch.zeros(0, n_kv_heads, head_dim)]).to(device)
+                write_kv(written, written, cache, cache, inputs.slot_mapping)
+
+    def dense(self, scale: float, window: int | None, softcap: float | None) -> np.ndarray:
+        """float64, one query at a time, from the lists (never from the cache)."""
+        out, row = np.zeros(self.q.shape), 0
+        q = self.q.cpu().double().numpy()
+        for s, length in enumerate(self.query_lens):
+            keys, values = self.keys[s].double().numpy(), self.values[s].double().numpy()
+            for i in range(length):
+                position = self.context_lens[s] + i
+                first = 0 if window is None else max(0, position - window + 1)
+                for head, kv_head in enumerate(self.kv_map):
+                    scores = keys[first : position + 1, kv_head] @ q[row, head] * scale
+                    if softcap is not None:
+                        scores = softcap * np.tanh(scores / softcap)
+                    weights = np.exp(scores - scores.max())
+                    out[row, head] = weights @ values[first : position + 1, kv_head] / weights.sum()
+                row += 1
+        return out
+
+    def check(self, window: int | None = None, softcap: float | None = None, tolerance: float = 3e-6) -> None:
+        scale = 0.3
+        got = paged_attention(
+            self.q, self.k_cache, self.v_cache, self.inputs, self.kv_map, scale, window=window, softcap=softcap
+        )
+        assert got.dtype == self.q.dtype
+        assert got.shape == self.q.shape
+        np.testing.assert_allclose(got.cpu().double().numpy(), self.dense(scale, window, softcap), atol=tolerance)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    sequences = draw(
+        st.lists(
+            st.tuples(st.one_of(st.just(1), st.integers(0, 9)), st.one_of(st.just(0), st.integers(0, 21))),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    return [q for q, _ in sequences], [c for _, c in sequences]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=batches(),
+    kv_map=st.lists(st.integers(0, 2), min_size=1, max_size=6),
+    block_size=st.sampled_from([1, 4, 16]),
+    window=st.one_of(st.none(), st.integers(1, 12)),
+    softcap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 1000),
+)
+def test_any_batch_equals_dense_attention(
+    device: str,
+    batch: tuple[list[int], list[int]],
+    kv_map: list[int],
+    block_size: int,
+    window: int | None,
+    softcap: float | None,
+    seed: int,
+) -> None:
+    Case(*batch, tuple(kv_map), 3, block_size=block_size, seed=seed, device=device).check(window, softcap)
+
+
+@pytest.mark.parametrize("kv_map", [(0, 0, 0, 1, 1, 1), (0, 0, 1, 1, 1, 2), (1, 0), (0,), (2, 2, 0)])
+@pytest.mark.parametrize("batched", [False, True])
+def test_decode_batch_with_head_tables(kv_map: tuple[int, ...], batched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's batched decode runs on the CPU as well when it is told to."""
+    if batched:
+        monkeypatch.setattr(attention, "batches_decodes", lambda device: True)
+    case = Case([1, 4, 1, 1], [30, 2, 0, 17], kv_map, 3, seed=3)
+    case.check()
+    case.check(window=5)
+    case.check(softcap=1.5)
+    case.check(window=40, softcap=1.5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("batched", [False, True])
+def test_bounded_scratch_gives_the_same(
+    batched: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "batches_decodes", lambda device: batched)
+    monkeypatch.setattr(attention, "SCORE_ELEMENTS", 200)  # a few queries at a time
+    monkeypatch.setattr(attention, "GATHER_BYTES", 2000)  # one KV head, one or two sequences at a time
+    Case([13, 1, 1, 20, 1], [5, 9, 31, 0, 2], (0, 0, 1, 1, 2), 3, seed=4).check(window, softcap)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_cache_is_read_exactly(cache_dtype: torch.dtype) -> None:
+    Case([3, 1], [6, 11], (0, 1, 1), 2, cache_dtype=cache_dtype).check()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_half_precision_queries(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+    case = Case(
+        [9, 1, 1, 30], [6, 40, 0, 0], (0, 0, 1, 2), 3, head_dim, 16, cache_dtype=dtype, dtype=dtype, device=device
+    )
+    case.check(tolerance=tolerance)
+    case.check(window=8, tolerance=tolerance)
+    case.check(softcap=5.0, tolerance=tolerance)
+
+
+def test_no_local_heads_and_no_tokens() -> None:
+    case = Case([2, 1], [3, 4], (), 0)
+    assert paged_attention(case.q, case.k_cache, case.v_cache, case.inputs, (), 1.0).shape == (3, 0, 16)
+    empty = Case([0], [3], (0, 1), 2)
+    assert paged_attention(empty.q, empty.k_cache, empty.v_cache, empty.inputs, (0, 1), 1.0).shape == (0, 2, 16)
+
+
+def test_long_prefill_keeps_its_scratch_bounded() -> None:
+    """12,000 queries and keys of 8 heads: all scores at once would take 4.6 GB."""
+    tokens, heads = 12000, 8
+    inputs = AttentionInputs.build([2000], [tokens - 2000], np.arange(tokens // 16)[None], 16, CPU)
+    cache = torch.randn(tokens // 16, 16, 1, 8)
+    q = torch.randn(2000, heads, 8)
+    sizes: list[int] = []
+    original = attention._Attend._softmax
+
+    def spy(self: attention._Attend, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        sizes.append(scores.numel() * 4)
+        return original(self, scores, mask)
+
+    attention._Attend._softmax = spy  # type: ignore[method-assign]
+    try:
+        paged_attention(q, cache, cache, inputs, (0,) * heads, 1.0, softcap=4.0)
+    finally:
+        attention._Attend._softmax = original  # type: ignore[method-assign]
+    assert max(sizes) <= 64 << 20
+    assert len(sizes) > 1
+
+
+def test_head_groups_pad_and_restore_any_table() -> None:
+    groups = HeadGroups((2, 0, 2, 2, 0), 4, CPU)
+    q = torch.randn(3, 5, 8)
+    split = groups.split(q)
+    assert split.shape == (3, 4, 3, 8)
+    assert torch.equal(split[:, 2], q[:, [0, 2, 3]])
+    assert torch.equal(split[:, 0, :2], q[:, [1, 4]])
+    assert torch.equal(groups.merge(split), q)
+
+
+def test_inputs_of_a_mixed_step() -> None:
+    tables = np.array([[7, 2, 0], [5, 9, 4]], dtype=np.int32)
+    inputs = AttentionInputs.build([3, 1], [2, 8], tables, 4, CPU)
+    assert inputs.query_starts == [0, 3]
+    assert inputs.positions.tolist() == [2, 3, 4, 8]
+    assert inputs.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 2 * 4, 4 * 4]
+    assert inputs.block_tables.dtype == torch.int64
+    assert inputs.has_decodes
+
+
+def test_kernels_reuse_head_tables() -> None:
+    kernels = make_kernels(CPU, exact=True, threads=1)
+    case = Case([1, 3], [8, 0], (0, 0, 1), 2)
+    for window in (None, 3):
+        got = kernels.paged_attention(case.q, case.k_cache, case.v_cache, case.inputs, [0, 0, 1], 0.3, window)
+        np.testing.assert_allclose(got.double().numpy(), case.dense(0.3, window, None), atol=3e-6)
