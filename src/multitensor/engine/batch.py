@@ -28,6 +28,8 @@ class SamplingSetup:
     logit_bias: dict[int, float]
     logprobs: int  # -1: none; k: log-probabilities of the chosen token and the top k
     prompt_ids: np.ndarray  # int32; empty when no penalty needs it
+    min_tokens: int = 0  # suppress_ids cannot be sampled before the slot has sampled so many
+    suppress_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class TokenLogprobs:
     token_logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    token_rank: int | None = None  # 1: the likeliest
 
 
 @dataclass(frozen=True)

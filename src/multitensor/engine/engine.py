@@ -1,0 +1,302 @@
+"""Requests in, tokens out: the loop that keeps the ranks busy one step ahead of the results (never imports torch)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from multitensor.config import EngineConfig
+from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
+from multitensor.engine.executor import Executor
+from multitensor.engine.request import RequestMetrics, SamplingParams
+from multitensor.engine.request_state import Continuation, Request, ScoreRequest, Tokenizer
+from multitensor.engine.scheduler import Scheduler, Sequence
+from multitensor.engine.uniforms import derive_seed
+from multitensor.errors import InputError, RankFailed
+from multitensor.sharding.plan import Plan
+
+# Scoring wants the logits of every position: so many rows of the vocabulary (in float32) a step at most.
+MAX_SCORE_TOKENS = 256
+
+
+@dataclass
+class EngineStats:
+    """Totals since the start. A step with prompt (or scored) tokens counts as prefill, any other as decode, so the
+    decode rate is not blurred by prefill that shares a step; seconds are from one result to the next."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+
+class Engine:
+    """Drives an executor whose ranks are ready. Not for several threads at once.
+
+    Every method that talks to the ranks raises RankFailed when one is lost; so does every later call.
+    """
+
+    def __init__(
+        self, executor: Executor, plan: Plan, config: EngineConfig, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.plan = plan
+        self.tokenizer = tokenizer
+        self.stats = EngineStats()
+        n_blocks = plan.kv_tokens // plan.block_size
+        self.context = min(plan.context, n_blocks * plan.block_size)
+        self._scheduler = Scheduler(
+            max_batch_tokens=config.max_batch_tokens,
+            max_num_seqs=config.max_num_seqs,
+            n_blocks=n_blocks,
+            block_size=plan.block_size,
+            max_score_tokens=MAX_SCORE_TOKENS,
+        )
+        self._executor = executor
+        self._seed = config.seed
+        self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        self._owners: dict[Sequence, tuple[Request, Continuation] | ScoreRequest] = {}
+        self._requests: dict[str, Request] = {}
+        self._n_requests = 0
+        self._submitted: list[tuple[StepInput, float]] = []
+        self._last_result = 0.0
+        self._failure: RankFailed | None = None
+
+    # --- requests ---
+
+    def check_prompt(self, prompt_ids: SequenceOf[int], *, room: int = 1) -> list[int]:
+        """The ids as a list; InputError unless they are ids of the vocabulary that leave room for `room` tokens."""
+        ids = [int(token) for token in prompt_ids]
+        vocab_size = self.plan.spec.vocab_size
+        if not ids:
+            raise InputError("the prompt is empty; give it at least one token")
+        wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
+        if wrong is not None:
+            raise InputError(f"token id {wrong} is not in the vocabulary of {vocab_size} ids")
+        if len(ids) > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context only {self.context}; shorten it or raise max_model_len"
+            )
+        if len(ids) + room > self.context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens and fills the context of {self.context}: no room for an answer; "
+                "shorten it or raise max_model_len"
+            )
+        return ids
+
+    def check_params(self, params: SamplingParams) -> None:
+        """InputError where params do not suit the model at hand."""
+        vocab_size = self.plan.spec.vocab_size
+        for name, ids in (("stop_token_ids", params.stop_ids), ("logit_bias", tuple(params.logit_bias or ()))):
+            wrong = next((token for token in ids if token >= vocab_size), None)
+            if wrong is not None:
+                raise InputError(f"{name}: token id {wrong} is not in the vocabulary of {vocab_size} ids")
+        if params.stop_strings and self.tokenizer is None:
+            raise InputError("stop strings need a vocabulary, which this model file lacks; use stop_token_ids")
+
+    def add_request(
+        self,
+        prompt_ids: SequenceOf[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        request_id: str | None = None,
+    ) -> Request:
+        """Queues a prompt. Raises InputError, or the RankFailed of earlier."""
+        self._raise_failure()
+        ids = self.check_prompt(prompt_ids)
+        self.check_params(params)
+        number = self._n_requests
+        request_id = str(number) if request_id is None else request_id
+        if request_id in self._requests:
+            raise InputError(f"request id {request_id!r} is in use")
+        self._n_requests += 1
+        seed = derive_seed(0, params.seed) if params.seed is not None else derive_seed(1, self._seed, number)
+        room = self.context - len(ids)
+        limit = room if params.max_tokens is None else min(params.max_tokens, room)
+        setup = self._setup(ids, params)
+        continuations = [
+            Continuation(
+                index,
+                Sequence(ids, limit, setup, derive_seed(seed, index)),
+                params,
+                self.tokenizer,
+                self._eos_ids,
+            )
+            for index in range(params.n)
+        ]
+        metrics = RequestMetrics(arrival_time=time.perf_counter(), prompt_tokens=len(ids))
+        request = Request(request_id, prompt, ids, continuations, metrics)
+        self._requests[request_id] = request
+        for continuation in continuations:
+            self._owners[continuation.sequence] = (request, continuation)
+            self._scheduler.add(continuation.sequence)
+        return request
+
+    def add_score(self, ids: SequenceOf[int], top: int) -> ScoreRequest:
+        """Queues a text of which every position is scored: the `top` best ids, and the id that follows."""
+        self._raise_failure()
+        checked = self.check_prompt(ids, room=0)
+        vocab_size = self.plan.spec.vocab_size
+        if not 1 <= top <= vocab_size:
+            raise InputError(f"top must be between 1 and the vocabulary's {vocab_size}, not {top}")
+        request = ScoreRequest(
+            Sequence(checked, 0, self._setup(checked, SamplingParams(temperature=0.0)), score_top=top)
+        )
+        self._owners[request.sequence] = request
+        self._scheduler.add(request.sequence)
+        return request
+
+    def _setup(self, ids: list[int], params: SamplingParams) -> SamplingSetup:
+        suppress = set(params.stop_ids) | (set() if params.ignore_eos else set(self._eos_ids))
+        return SamplingSetup(
+            slot=-1,
+            temperature=0.0 if params.greedy else float(params.temperature),
+            top_k=max(params.top_k, 0),
+            top_p=float(params.top_p),
+            min_p=float(params.min_p),
+            repetition_penalty=float(params.repetition_penalty),
+            presence_penalty=float(params.presence_penalty),
+            frequency_penalty=float(params.frequency_penalty),
+            logit_bias={int(token): float(bias) for token, bias in (params.logit_bias or {}).items()},
+            logprobs=-1 if params.logprobs is None else params.logprobs,
+            prompt_ids=np.array(ids if params.repetition_penalty != 1.0 else [], np.int32),
+            min_tokens=params.min_tokens,
+            suppress_ids=tuple(sorted(suppress)) if params.min_tokens > 0 else (),
+        )
+
+    def cancel(self, request: Request | ScoreRequest) -> None:
+        """Ends it now; what is under way for it is dropped when it arrives. Does nothing to a finished one."""
+        if isinstance(request, ScoreRequest):
+            self._drop(request.sequence)
+            return
+        for continuation in request.continuations:
+            continuation.abort()
+            self._drop(continuation.sequence)
+        self._close_request(request, time.perf_counter())
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._scheduler.finish(sequence)
+        self._owners.pop(sequence, None)
+
+    def _close_request(self, request: Request, now: float) -> None:
+        if self._requests.pop(request.request_id, None) is not None:
+            request.metrics.finished_time = now
+
+    # --- the loop ---
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self._scheduler.has_unfinished
+
+    def step(self) -> list[Request | ScoreRequest]:
+        """Submits the next step, then waits for the one before it. Returns the requests that have news; an empty
+        list when a step was only submitted."""
+        self._raise_failure()
+        try:
+            step = self._scheduler.schedule()
+            self.stats.preemptions = self._scheduler.preemptions
+            if step is not None:
+                self._submit(step)
+                if len(self._submitted) == 1:
+                    return []
+            if not self._submitted:
+                if self.has_unfinished:
+                    raise RuntimeError("nothing can be scheduled though requests wait: a fault of the scheduler")
+                return []
+            return self._collect()
+        except RankFailed as failure:
+            self._failure = failure
+            raise
+
+    def run(self, requests: SequenceOf[Request | ScoreRequest]) -> None:
+        """Steps until all of these are finished; cancels what is not when it is interrupted."""
+        unfinished = {request for request in requests if not request.finished}
+        try:
+            while unfinished:
+                unfinished -= {request for request in self.step() if request.finished}
+        finally:
+            for request in unfinished:
+                self.cancel(request)
+
+    def call(self, method: str, **arguments: Any) -> list[Any]:
+        """Runs a method of every rank's ModelRunner between steps; the results in rank order."""
+        self._raise_failure()
+        try:
+            while self._submitted:
+                self._collect()
+            return self._executor.call(method, **arguments)
+        except RankFailed as failure:
+            self._failure = failure
+            raise
+
+    def close(self) -> None:
+        """Ends the ranks. Requests under way are lost."""
+        self._executor.close()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RankFailed(str(self._failure))
+
+    def _submit(self, step: StepInput) -> None:
+        now = time.perf_counter()
+        self._executor.submit(step)
+        self._submitted.append((step, now))
+        for sequence in self._scheduler.started:
+            owner = self._owners[sequence]
+            if isinstance(owner, tuple) and owner[0].metrics.first_scheduled_time is None:
+                owner[0].metrics.first_scheduled_time = now
+
+    def _collect(self) -> list[Request | ScoreRequest]:
+        output = self._executor.collect()
+        now = time.perf_counter()
+        self._count(*self._submitted.pop(0), now)
+        return self._deliver(output, now)
+
+    def _deliver(self, output: StepOutput, now: float) -> list[Request | ScoreRequest]:
+        news: dict[Request | ScoreRequest, None] = {}
+        for update in self._scheduler.collect(output):
+            owner = self._owners[update.sequence]
+            if isinstance(owner, ScoreRequest):
+                if owner.finished:
+                    self._drop(owner.sequence)
+                news[owner] = None
+                continue
+            request, continuation = owner
+            assert update.token is not None
+            continuation.accept(update.token, update.logprobs)
+            request.count_token(now)
+            news[request] = None
+            if continuation.finish_reason is not None:
+                self._drop(update.sequence)
+                if request.finished:
+                    self._close_request(request, now)
+        return list(news)
+
+    def _count(self, step: StepInput, submitted: float, now: float) -> None:
+        seconds = now - max(submitted, self._last_result)
+        self._last_result = now
+        stats = self.stats
+        stats.steps += 1
+        tokens = int(step.query_lens.sum())
+        # A lone token that samples is decode, unless it is all of a one-token prompt.
+        decodes = int(((step.query_lens == 1) & step.sample & (step.context_lens > 0)).sum())
+        if decodes == tokens:
+            stats.decode_tokens += tokens
+            stats.decode_seconds += seconds
+        else:
+            stats.prefill_tokens += tokens - decodes
+            stats.prefill_seconds += seconds

@@ -1,0 +1,296 @@
+"""Which tokens of which sequences make the next step. Pure bookkeeping: no model, no clock, no torch.
+
+Steps are scheduled one ahead of the results: while step n runs, step n + 1 is made with -1 for tokens that step n will
+yield. What can be known beforehand is (the limit of output tokens, hence the end of the context); what cannot (an end
+token, a stop string, a cancellation) makes one token too many, which is dropped when it arrives.
+
+Order is first come, first served: older sequences get their tokens and blocks first, whoever is youngest gives its
+blocks back when the pool runs dry and computes them again later ("preemption with recompute"). It keeps its sampler
+slot meanwhile, since the history there (for penalties) cannot be rebuilt from the prompt alone; as it will be the
+next to be admitted, nobody waits for that slot. The oldest is never preempted, so there is always progress.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.kv_cache import BlockManager
+from multitensor.engine.uniforms import uniform
+
+PositionScores = list[tuple[list[int], list[float], float | None]]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One text in the making, or one to be scored (score_top >= 1: then nothing is sampled).
+
+    prompt_ids: at least one id. limit: output tokens it may have; len(prompt_ids) + limit is within context and pool.
+    setup: sent to the ranks when the sequence gets a slot (its `slot` is filled in then). seed: of `derive_seed`.
+    The rest belongs to the scheduler: `output_ids` are the tokens known so far, `pending` counts those under way,
+    `computed` the tokens whose keys and values are in the cache, or will be when the steps under way have ended.
+    """
+
+    prompt_ids: list[int]
+    limit: int
+    setup: SamplingSetup | None = None
+    seed: int = 0
+    score_top: int = 0
+
+    output_ids: list[int] = field(default_factory=list)
+    scores: PositionScores = field(default_factory=list)
+    pending: int = 0
+    computed: int = 0
+    table: list[int] = field(default_factory=list)
+    slot: int = -1
+    last_step: int = -1
+    finished: bool = False
+
+    @property
+    def total(self) -> int:
+        """Tokens it has, those under way included."""
+        return len(self.prompt_ids) + len(self.output_ids) + self.pending
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute now: the last token that the limit allows needs no computing."""
+        if not self.score_top and len(self.output_ids) + self.pending >= self.limit:
+            return 0
+        return self.total - self.computed
+
+    def ids(self, start: int, stop: int) -> list[int]:
+        """Token ids [start, stop); -1 for tokens under way."""
+        split = len(self.prompt_ids)
+        ids = self.prompt_ids[start:stop] + self.output_ids[max(start - split, 0) : max(stop - split, 0)]
+        return ids + [-1] * (stop - start - len(ids))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + size) of a sequence in one step; samples: its last token yields a new one."""
+
+    sequence: Sequence
+    start: int
+    size: int
+    samples: bool
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step's end brought for one sequence: a token (with its log-probabilities, if asked), or scores."""
+
+    sequence: Sequence
+    token: int | None
+    logprobs: TokenLogprobs | None = None
+
+
+class Scheduler:
+    """max_batch_tokens: query tokens in one step; max_score_tokens: of them, positions whose logits are all wanted
+    (a row of the vocabulary each); max_num_seqs: sequences that hold a slot; n_blocks of block_size tokens: the pool."""
+
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        n_blocks: int,
+        block_size: int,
+        max_score_tokens: int | None = None,
+    ) -> None:
+        self.max_batch_tokens = max_batch_tokens
+        self.max_score_tokens = min(max_score_tokens or max_batch_tokens, max_batch_tokens)
+        self.max_num_seqs = max_num_seqs
+        self.blocks = BlockManager(n_blocks, block_size)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first, all older than those waiting
+        self.preemptions = 0
+        self.started: list[Sequence] = []  # those that the last call of schedule() gave a slot
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._under_way: deque[tuple[int, list[Chunk]]] = deque()
+        self._next_step = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def n_under_way(self) -> int:
+        return len(self._under_way)
+
+    def add(self, sequence: Sequence) -> None:
+        if self.blocks.blocks_for(sequence.total + sequence.limit) > self.blocks.n_blocks:
+            raise ValueError("the sequence can outgrow the KV pool; its limit must be lower")
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ended or cancelled; safe to call twice. Tokens under way are dropped when they come."""
+        if sequence.finished:
+            return
+        sequence.finished = True
+        queue = self.running if sequence in self.running else self.waiting
+        queue.remove(sequence)
+        self.blocks.release(sequence.table, sequence.last_step)
+        if sequence.slot >= 0:  # the ranks take steps in order: a later step may fill the slot anew at once
+            self._free_slots.append(sequence.slot)
+
+    def schedule(self) -> StepInput | None:
+        """The next step, which counts as under way from now on; None when there is nothing to compute before the
+        results of the steps under way are known."""
+        preemptions = self.preemptions
+        budget = _Budget(self.max_batch_tokens, self.max_score_tokens)
+        chunks, starved = self._continue_running(budget)
+        self.started = []
+        if not starved and preemptions == self.preemptions:
+            chunks += self._admit(budget)
+        if not chunks:
+            return None
+        step, self._next_step = self._next_step, self._next_step + 1
+        for chunk in chunks:
+            chunk.sequence.last_step = step
+            chunk.sequence.computed += chunk.size
+            chunk.sequence.pending += chunk.samples
+        self._under_way.append((step, chunks))
+        setups = tuple(replace(started.setup, slot=started.slot) for started in self.started if started.setup)
+        return _step_input(step, chunks, setups)
+
+    def collect(self, output: StepOutput) -> Iterator[Update]:
+        """Takes the result of the oldest step under way. Each update is applied before it is yielded, and sequences
+        that the caller finishes meanwhile get no more."""
+        step, chunks = self._under_way.popleft()
+        if output.step != step:
+            raise RuntimeError(f"the ranks answered step {output.step} where step {step} was expected")
+        self.blocks.step_ended(step)
+        for number, chunk in enumerate(chunks):
+            sequence = chunk.sequence
+            if chunk.samples:
+                sequence.pending -= 1
+            if sequence.finished:
+                continue
+            if chunk.samples:
+                token = int(output.token_ids[number])
+                sequence.output_ids.append(token)
+                yield Update(sequence, token, output.logprobs.get(number))
+            elif sequence.score_top:
+                # After a preemption positions come twice; the first answer stays.
+                sequence.scores += output.scores[number][len(sequence.scores) - chunk.start :]
+                yield Update(sequence, None)
+
+    def _continue_running(self, budget: _Budget) -> tuple[list[Chunk], bool]:
+        """Chunks of the sequences that run already; and whether one of them waits for blocks, which the younger
+        must then leave to it."""
+        chunks: list[Chunk] = []
+        starved = False
+        position = 0
+        while position < len(self.running):  # preemption takes from the end
+            sequence = self.running[position]
+            position += 1
+            size = budget.allows(sequence)
+            if size == 0:
+                continue
+            needs_blocks = self.blocks.blocks_for(sequence.computed + size) > len(sequence.table)
+            if needs_blocks and (starved or not self._make_room(sequence, sequence.computed + size)):
+                starved = True
+                continue
+            chunks.append(_chunk(sequence, size))
+            budget.spend(sequence, size)
+        return chunks, starved
+
+    def _make_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Blocks for `tokens` tokens, at the cost of younger sequences if need be. False: it must wait for blocks
+        that steps under way still use, or it was the youngest and lost its own."""
+        while not self.blocks.grow(sequence.table, tokens):
+            missing = self.blocks.blocks_for(tokens) - len(sequence.table)
+            if missing <= self.blocks.n_free + self.blocks.n_waiting:
+                return False
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self.running.remove(sequence)
+        self.waiting.appendleft(sequence)
+        self.blocks.release(sequence.table, sequence.last_step)
+        sequence.computed = 0
+
+    def _admit(self, budget: _Budget) -> list[Chunk]:
+        """Chunks of sequences that start (or start again), oldest first. One starts when the blocks for all tokens it
+        has are free, though it takes them chunk by chunk; who must be computed again also knows all its tokens."""
+        chunks: list[Chunk] = []
+        promised = 0
+        while self.waiting:
+            sequence = self.waiting[0]
+            size = 0 if sequence.pending else budget.allows(sequence)
+            needed = self.blocks.blocks_for(sequence.total)
+            if size == 0 or needed > self.blocks.n_free - promised or (sequence.slot < 0 and not self._free_slots):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            self.blocks.grow(sequence.table, size)
+            promised += needed - len(sequence.table)
+            if sequence.slot < 0:
+                sequence.slot = self._free_slots.pop()
+                self.started.append(sequence)
+            chunks.append(_chunk(sequence, size))
+            budget.spend(sequence, size)
+        return chunks
+
+
+class _Budget:
+    """Tokens that still go into the step."""
+
+    def __init__(self, tokens: int, score_tokens: int) -> None:
+        self._tokens = tokens
+        self._score_tokens = score_tokens
+
+    def allows(self, sequence: Sequence) -> int:
+        size = min(sequence.remaining, self._tokens)
+        return min(size, self._score_tokens) if sequence.score_top else size
+
+    def spend(self, sequence: Sequence, size: int) -> None:
+        self._tokens -= size
+        if sequence.score_top:
+            self._score_tokens -= size
+
+
+def _chunk(sequence: Sequence, size: int) -> Chunk:
+    start = sequence.computed
+    return Chunk(sequence, start, size, not sequence.score_top and start + size == sequence.total)
+
+
+def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...]) -> StepInput:
+    """Called after `computed` and `pending` were moved on, so a sampled token's position is total - 1."""
+    token_ids: list[int] = []
+    score_next: list[int] = []
+    tables = np.zeros((len(chunks), max(len(chunk.sequence.table) for chunk in chunks)), np.int32)
+    uniforms = np.zeros(len(chunks), np.float64)
+    for number, chunk in enumerate(chunks):
+        sequence, stop = chunk.sequence, chunk.start + chunk.size
+        token_ids += sequence.ids(chunk.start, stop)
+        tables[number, : len(sequence.table)] = sequence.table
+        if chunk.samples:
+            uniforms[number] = uniform(sequence.seed, stop)
+        if sequence.score_top:
+            following = sequence.prompt_ids[chunk.start + 1 : stop + 1]
+            score_next += following + [-1] * (chunk.size - len(following))
+        else:
+            score_next += [-1] * chunk.size
+    return StepInput(
+        step=step,
+        slots=np.array([chunk.sequence.slot for chunk in chunks], np.int32),
+        query_lens=np.array([chunk.size for chunk in chunks], np.int32),
+        context_lens=np.array([chunk.start for chunk in chunks], np.int32),
+        token_ids=np.array(token_ids, np.int32),
+        block_tables=tables,
+        sample=np.array([chunk.samples for chunk in chunks], bool),
+        uniforms=uniforms,
+        score_top=np.array([chunk.sequence.score_top for chunk in chunks], np.int32),
+        score_next=np.array(score_next, np.int32),
+        setups=setups,
+    )
