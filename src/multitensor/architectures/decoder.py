@@ -169,15 +169,15 @@ def declare_tensors(
     block = tuple(_block(dims, qk_norm, post_norms, qkv_bias))
     for layer in range(dims.n_layers):
         found += [_declare(checkpoint, names, wanted, layer) for wanted in block]
-    found.append(_declare(checkpoint, names, _Wanted("output_norm.weight", (dims.hidden_size,), _VECTOR, "shared"), None))
+    found.append(
+        _declare(checkpoint, names, _Wanted("output_norm.weight", (dims.hidden_size,), _VECTOR, "shared"), None)
+    )
     if not tied:
         found.append(_declare(checkpoint, names, _Wanted("output.weight", vocabulary, CutRows(), "vocabulary"), None))
     return tuple(decl for decl in found if decl is not None)
 
 
-def _declare(
-    checkpoint: Checkpoint, names: Mapping[str, str], wanted: _Wanted, layer: int | None
-) -> TensorDecl | None:
+def _declare(checkpoint: Checkpoint, names: Mapping[str, str], wanted: _Wanted, layer: int | None) -> TensorDecl | None:
     name = wanted.name if layer is None else f"blk.{layer}.{wanted.name}"
     own = names.get(name)
     if own is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from multitensor.architectures import gemma, llama, qwen
@@ -37,4 +38,6 @@ def resolve(checkpoint: Checkpoint) -> ModelSpec:
             f"{checkpoint.path.name}: unknown architecture {checkpoint.architecture!r}; known: "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
-    return declare(checkpoint)
+    spec = declare(checkpoint)
+    used = {decl.info.name for decl in spec.tensors}
+    return replace(spec, unused_tensors=tuple(name for name in checkpoint.tensors if name not in used))

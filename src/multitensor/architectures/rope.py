@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from multitensor.architectures.fields import Fields
@@ -23,7 +23,8 @@ KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
 @dataclass(frozen=True)
 class RopeParameters:
     """dim: rotated elements of a head. original_context: tokens before scaling (llama3, yarn).
-    attention_factor: yarn's magnitude where the file gives it, else it follows from `factor` and the mscales."""
+    attention_factor: the magnitude where the file gives it; else yarn's follows from `factor` and the mscales.
+    extrapolation: how much of yarn's ramp is applied; at 0 yarn is linear scaling."""
 
     dim: int
     base: float
@@ -38,20 +39,19 @@ class RopeParameters:
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     truncate: bool = True
+    extrapolation: float = 1.0
 
 
 def make_rope(p: RopeParameters, style: Style, *, use_factors_tensor: bool = False) -> RopeSpec:
     """The angles of `p`. "dynamic" scales only beyond the trained context, so within it it is the default."""
     frequencies = [p.base ** (-2.0 * i / p.dim) for i in range(p.dim // 2)]
-    magnitude = 1.0
     if p.kind == "linear":
         frequencies = [f / p.factor for f in frequencies]
     elif p.kind == "llama3":
         frequencies = [_llama3(f, p) for f in frequencies]
     elif p.kind == "yarn":
         frequencies = _yarn(frequencies, p)
-        magnitude = _yarn_magnitude(p)
-    return RopeSpec(style, tuple(frequencies), magnitude, use_factors_tensor)
+    return RopeSpec(style, tuple(frequencies), _magnitude(p), use_factors_tensor)
 
 
 def _llama3(frequency: float, p: RopeParameters) -> float:
@@ -77,16 +77,18 @@ def _yarn(frequencies: list[float], p: RopeParameters) -> list[float]:
     low, high = max(low, 0), min(high, p.dim - 1)
     if low == high:
         high += 0.001  # a step instead of a division by zero
-    ramps = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(len(frequencies))]
-    return [f / p.factor * ramp + f * (1.0 - ramp) for f, ramp in zip(frequencies, ramps, strict=True)]
+    kept = [p.extrapolation * (1.0 - min(max((i - low) / (high - low), 0.0), 1.0)) for i in range(len(frequencies))]
+    return [f / p.factor * (1.0 - keep) + f * keep for f, keep in zip(frequencies, kept, strict=True)]
 
 
-def _yarn_magnitude(p: RopeParameters) -> float:
+def _magnitude(p: RopeParameters) -> float:
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(p.factor) + 1.0 if p.factor > 1.0 else 1.0
 
     if p.attention_factor is not None:
         return p.attention_factor
+    if p.kind != "yarn":
+        return 1.0
     if p.mscale and p.mscale_all_dim:
         return scale(p.mscale) / scale(p.mscale_all_dim)
     return scale(1.0)
@@ -100,7 +102,6 @@ def read_gguf_rope(fields: Fields, head_dim: int, train_context: int, default_ba
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0)) or 1.0
     if kind == "default" and fields.raw("rope.scaling.type") is None and factor != 1.0:
         kind = "linear"
-    extra = fields.number("rope.scaling.attn_factor", 1.0)
     own = RopeParameters(
         dim=_rotated(fields.integer("rope.dimension_count", head_dim), head_dim),
         base=fields.number("rope.freq_base", default_base, minimum=1.0),
@@ -109,10 +110,15 @@ def read_gguf_rope(fields: Fields, head_dim: int, train_context: int, default_ba
         original_context=fields.integer("rope.scaling.original_context_length", train_context),
         beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
         beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        extrapolation=fields.number("rope.scaling.yarn_ext_factor", 1.0),
     )
-    if kind != "yarn" or extra == 1.0:
-        return own
-    return RopeParameters(**{**vars(own), "attention_factor": _yarn_magnitude(own) * extra})
+    # llama.cpp multiplies by attn_factor whatever the kind, and ignores yarn_attn_factor where the ramp is applied.
+    extra = fields.number("rope.scaling.attn_factor", 1.0)
+    if kind == "yarn" and own.extrapolation != 0.0:
+        extra *= _magnitude(own)
+    else:
+        extra *= fields.number("rope.scaling.yarn_attn_factor", 1.0)
+    return replace(own, attention_factor=extra)
 
 
 def read_config_rope(
@@ -127,6 +133,7 @@ def read_config_rope(
     dim = int(head_dim * where.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
     original = fields.integer("original_max_position_embeddings", train_context)
     original = where.integer("original_max_position_embeddings", original)
+    given_factor = kind == "yarn" and own.get("attention_factor") is not None
     needs_factor = kind in ("linear", "llama3")
     factor = where.number("factor", None if needs_factor else train_context / original, minimum=1e-6)
     if kind == "llama3":
@@ -142,7 +149,7 @@ def read_config_rope(
         high_freq_factor=where.number("high_freq_factor", 4.0),
         beta_fast=where.number("beta_fast", 32.0) or 32.0,
         beta_slow=where.number("beta_slow", 1.0) or 1.0,
-        attention_factor=where.number("attention_factor") if own.get("attention_factor") is not None else None,
+        attention_factor=where.number("attention_factor") if given_factor else None,
         mscale=where.number("mscale", 0.0),
         mscale_all_dim=where.number("mscale_all_dim", 0.0),
         truncate=where.flag("truncate", True),
@@ -170,5 +177,7 @@ def _known_kind(fields: Fields, name: str, kind: str) -> str:
 
 def _rotated(dim: int, head_dim: int) -> int:
     if dim % 2 or not 2 <= dim <= head_dim:
-        raise InputError(f"the rotary embedding covers {dim} of {head_dim} elements of a head; an even part is expected")
+        raise InputError(
+            f"the rotary embedding covers {dim} of {head_dim} elements of a head; an even part is expected"
+        )
     return dim

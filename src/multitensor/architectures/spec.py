@@ -75,6 +75,7 @@ class ModelSpec:
     post_norms: bool = False  # RMSNorm on each sub-layer's output before the residual add (Gemma)
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    unused_tensors: tuple[str, ...] = ()  # of the file, by the file's names: a vision tower, stored frequencies
 
     @property
     def n_layers(self) -> int:

@@ -62,6 +62,13 @@ def kv_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
     return 2 * plan.spec.n_layers * rank.kv_heads.size * plan.spec.head_dim * KV_ELEMENT_BYTES[plan.kv_type]
 
 
+def context_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
+    """What a longer context costs beside its KV: the cosines and sines of every rope (float32), which a rank without
+    attention needs no less, since all ranks are built alike."""
+    del rank
+    return sum(2 * 4 * len(rope.inverse_frequencies) for rope in plan.spec.ropes)
+
+
 def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     spec, tokens = plan.spec, plan.max_batch_tokens
     element = DTYPE_BYTES[plan.dtype]
@@ -80,4 +87,5 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
             "allocator": CUDA_ALLOCATOR_BYTES,
             "loader": CUDA_LOADER_BYTES,
         }
-    return {"activations": activations, "logits": logits, **fixed}
+    rope = context_bytes_per_token(plan, rank) * plan.context
+    return {"activations": activations, "logits": logits, "rope": rope, **fixed}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from multitensor.architectures.cut_rules import CutColumns, CutExperts, CutHeads, CutRows, Replicate
+from multitensor.architectures.cut_rules import CutColumns, CutExperts, CutHeads, Replicate
 from multitensor.architectures.spec import ModelSpec, TensorDecl
 from multitensor.errors import InputError
 from multitensor.sharding.topology import Device
@@ -204,7 +204,9 @@ def make_plan(
     """
     for group, ratio in vars(ratios).items():
         if len(ratio) != len(devices):
-            raise InputError(f"ratio: {len(ratio)} parts for {group}, but there are {len(devices)} ranks; give one each")
+            raise InputError(
+                f"ratio: {len(ratio)} parts for {group}, but there are {len(devices)} ranks; give one each"
+            )
     head_unit = heads_unit(spec)
     query = apportion(spec.n_heads, head_unit, ratios.attention)
     ffn = apportion(spec.ffn_size, ffn_unit(spec), ratios.ffn)

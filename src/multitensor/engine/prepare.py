@@ -1,0 +1,112 @@
+"""A model's path and the user's wishes -> an opened checkpoint, its plan, and the engine's settings (no torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from multitensor.architectures.registry import resolve
+from multitensor.architectures.spec import ModelSpec
+from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse_ratio
+from multitensor.errors import InputError
+from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
+from multitensor.sharding.plan import Plan
+from multitensor.sharding.solve import solve
+from multitensor.sharding.topology import find_devices
+
+DEFAULT_NUM_SEQS = 32
+DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048, "any": 2048}
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is decided before a rank is started."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    plan: Plan
+    config: EngineConfig
+
+
+def prepare(
+    model: str | Path,
+    *,
+    tensor_parallel_size: int | None = None,
+    devices: str | Sequence[str] | Sequence[DeviceRequest] | None = None,
+    ratio: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+    max_model_len: int | None = None,
+    dtype: str | None = None,
+    kv_type: str | None = None,
+    seed: int = 0,
+    max_num_seqs: int | None = None,
+    max_batch_tokens: int | None = None,
+    block_size: int = BLOCK_SIZE,
+    allow_planned_devices: bool = False,
+) -> Prepared:
+    """Opens the model's headers and plans it; reads no weight.
+
+    devices: "cpu:2", "cuda:0,cuda:1=24GiB", a list of such, or None for every GPU found (or one CPU rank). ratio:
+    "3,1", numbers, or a mapping from kind to numbers. max_model_len: context in tokens. dtype "float32" given
+    explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
+    Raises InputError and DoesNotFit in one line.
+    """
+    checkpoint = open_checkpoint(model)
+    spec = resolve(checkpoint)
+    found = find_devices(_device_requests(devices), tensor_parallel_size)
+    if not allow_planned_devices:
+        _require_runnable(spec, planned=any(device.kind == "any" for device in found))
+    batch_tokens = max_batch_tokens if max_batch_tokens is not None else DEFAULT_BATCH_TOKENS[found[0].kind]
+    num_seqs = max_num_seqs if max_num_seqs is not None else min(DEFAULT_NUM_SEQS, batch_tokens)
+    if num_seqs < 1 or batch_tokens < num_seqs or block_size < 1:
+        raise InputError(
+            f"max_num_seqs {num_seqs}, max_batch_tokens {batch_tokens}, block_size {block_size}: all are at least 1, "
+            "and a step must hold a token of every sequence"
+        )
+    plan = solve(
+        spec,
+        found,
+        ratio=parse_ratio(ratio) if isinstance(ratio, str) else ratio,
+        context=max_model_len,
+        kv_type=kv_type or "auto",
+        dtype=dtype or "auto",
+        max_num_seqs=num_seqs,
+        max_batch_tokens=batch_tokens,
+        block_size=block_size,
+    )
+    config = EngineConfig(
+        model=str(model),
+        dtype=plan.dtype,
+        exact=dtype == "float32",
+        seed=seed,
+        max_num_seqs=num_seqs,
+        max_batch_tokens=batch_tokens,
+        block_size=block_size,
+    )
+    return Prepared(checkpoint, spec, plan, config)
+
+
+def _device_requests(
+    devices: str | Sequence[str] | Sequence[DeviceRequest] | None,
+) -> tuple[DeviceRequest, ...] | None:
+    if devices is None:
+        return None
+    if isinstance(devices, str):
+        return parse_devices(devices)
+    requests = [entry for entry in devices if isinstance(entry, DeviceRequest)]
+    if requests and len(requests) == len(devices):
+        return tuple(requests)
+    return parse_devices(",".join(str(entry) for entry in devices))
+
+
+def _require_runnable(spec: ModelSpec, *, planned: bool) -> None:
+    """Raises InputError for what can be planned but not run."""
+    if planned:
+        raise InputError("--devices: sizes without a device are for `plan`; to run, write cpu:2 or cuda:0,cuda:1=24GiB")
+    for decl in spec.tensors:
+        if not decl.info.type.computable:
+            raise InputError(
+                f"tensor {decl.name} has type {decl.info.type.name}, which cannot be computed with yet; take a file "
+                "with other types (Q4_K_M, Q8_0, F16)"
+            )
