@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -62,7 +63,7 @@ def test_partial_sums_of_cut_columns_add_up(data: st.DataObject, name: str, rank
     cuts = [0, *inner, units]
     x = torch.randn(4, 768, generator=torch.Generator().manual_seed(6))
     total = torch.zeros(4, 9)
-    for first, last in zip(cuts, cuts[1:], strict=False):
+    for first, last in itertools.pairwise(cuts):
         start, stop = first * type.cut_unit, last * type.cut_unit
         total += reference.linear(x[:, start:stop], slice_of(type, raw, start, stop))
     assert_close(total, reference.linear(x, slice_of(type, raw, 0, 768)), 2e-6)

@@ -110,8 +110,13 @@ def _table(values: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 def _looked_up(r: _Reader, values: tuple[int, ...]) -> torch.Tensor:
-    nibbles = r.nibbles(32).to(torch.int32).view(r.rows, r.cols // 32, 32)
-    return _table(values, nibbles.device)[nibbles]
+    packed = r.planes["quants"]
+    table = _table(values, packed.device)
+    halves = [
+        table.index_select(0, nibbles.to(torch.int32).flatten()).view(r.rows, r.cols // 32, 16)
+        for nibbles in (packed & 15, packed >> 4)
+    ]
+    return torch.cat(halves, dim=-1)
 
 
 def _iq4_nl(r: _Reader) -> torch.Tensor:

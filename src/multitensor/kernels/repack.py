@@ -12,7 +12,7 @@ import torch
 
 from multitensor.errors import InputError
 from multitensor.formats.quant_types import QuantType
-from multitensor.kernels.packing import pack_fields, pack_nibbles, unpack_strided
+from multitensor.kernels.packing import regroup_bits, regroup_nibbles, regroup_pairs, unpack_strided
 
 Planes = dict[str, torch.Tensor]
 
@@ -49,19 +49,9 @@ def _mxfp4(blocks: torch.Tensor) -> Planes:
     return {"quants": blocks[..., 1:], "scales": blocks[..., :1]}
 
 
-def _pairs(packed: torch.Tensor) -> torch.Tensor:
-    """64 bytes of 2-bit numbers, as Q2_K, Q3_K and Q6_K lay them (each 32 bytes hold 128 weights) -> pairs16."""
-    return pack_fields(unpack_strided(packed.unflatten(-1, (2, 32)), 2).flatten(-2), 2)
-
-
-def _strided_bits(packed: torch.Tensor) -> torch.Tensor:
-    """32 bytes whose bit s belongs to sub-block s -> bits in order of the weights (bits16 and bits32 alike)."""
-    return pack_fields(unpack_strided(packed, 1), 1)
-
-
 def _q2_k(blocks: torch.Tensor) -> Planes:
     return {
-        "quants": _pairs(blocks[..., 16:80]),
+        "quants": regroup_pairs(blocks[..., 16:80]),
         "scales": blocks[..., :16],
         "d": _half(blocks, 80),
         "dmin": _half(blocks, 82),
@@ -73,8 +63,8 @@ def _q3_k(blocks: torch.Tensor) -> Planes:
     low = torch.cat((packed[..., :8] & 15, packed[..., :8] >> 4), dim=-1)
     scales = (low | (unpack_strided(packed[..., 8:], 2) << 4)).view(torch.int8) - 32
     return {
-        "quants": _pairs(blocks[..., 32:96]),
-        "high": _strided_bits(blocks[..., :32]),
+        "quants": regroup_pairs(blocks[..., 32:96]),
+        "high": regroup_bits(blocks[..., :32]),
         "scales": scales,
         "d": _half(blocks, 108),
     }
@@ -88,18 +78,10 @@ def _six_bit_scales(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return scales, mins
 
 
-def _sub_block_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """128 bytes, of which each 32 hold one sub-block in their low halves and the next in their high -> nibbles32."""
-    first, second = packed.unflatten(-1, (4, 2, 16)).unbind(-2)
-    low = (first & 15) | (second << 4)
-    high = (first >> 4) | (second & 0xF0)
-    return torch.stack((low, high), dim=-2).flatten(-3)
-
-
 def _q4_k(blocks: torch.Tensor) -> Planes:
     scales, mins = _six_bit_scales(blocks[..., 4:16])
     return {
-        "quants": _sub_block_nibbles(blocks[..., 16:]),
+        "quants": regroup_nibbles(blocks[..., 16:], 32, 32),
         "scales": scales,
         "mins": mins,
         "d": _half(blocks, 0),
@@ -110,8 +92,8 @@ def _q4_k(blocks: torch.Tensor) -> Planes:
 def _q5_k(blocks: torch.Tensor) -> Planes:
     scales, mins = _six_bit_scales(blocks[..., 4:16])
     return {
-        "quants": _sub_block_nibbles(blocks[..., 48:]),
-        "high": _strided_bits(blocks[..., 16:48]),
+        "quants": regroup_nibbles(blocks[..., 48:], 32, 32),
+        "high": regroup_bits(blocks[..., 16:48]),
         "scales": scales,
         "mins": mins,
         "d": _half(blocks, 0),
@@ -120,11 +102,9 @@ def _q5_k(blocks: torch.Tensor) -> Planes:
 
 
 def _q6_k(blocks: torch.Tensor) -> Planes:
-    low = blocks[..., :128].unflatten(-1, (2, 64))  # each half: 64 weights in low nibbles, the next 64 in high ones
-    values = torch.cat((low & 15, low >> 4), dim=-1).flatten(-2)
     return {
-        "quants": pack_nibbles(values, 16),
-        "high": _pairs(blocks[..., 128:192]),
+        "quants": regroup_nibbles(blocks[..., :128], 64, 16),
+        "high": regroup_pairs(blocks[..., 128:192]),
         "scales": blocks[..., 192:208].view(torch.int8),
         "d": _half(blocks, 208),
     }
