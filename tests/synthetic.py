@@ -107,7 +107,7 @@ def _matrices(arch: str, dims: Mapping[str, int], tied: bool, qkv_bias: bool) ->
 
     # Gemma multiplies its embeddings by sqrt(hidden): small ones, or the tied head would repeat the last token.
     gemma = arch == "gemma3"
-    out = [weight("token_embd.weight", dims["vocab"], hidden, 0.5 if gemma and tied else 4.0)]
+    out = [weight("token_embd.weight", dims["vocab"], hidden, 0.125 if gemma and tied else 4.0)]
     for layer in range(dims["n_layers"]):
         block = [
             norm("attn_norm.weight", hidden),
@@ -132,7 +132,7 @@ def _matrices(arch: str, dims: Mapping[str, int], tied: bool, qkv_bias: bool) ->
             block.append(norm("post_ffw_norm.weight", hidden))
         out += [Matrix(f"blk.{layer}.{m.name}", m.shape, m.std, m.mean) for m in block]
     out.append(
-        Matrix("output_norm.weight", (hidden,), 0.5, 8.0) if gemma and tied else norm("output_norm.weight", hidden)
+        Matrix("output_norm.weight", (hidden,), 2.0, 32.0) if gemma and tied else norm("output_norm.weight", hidden)
     )
     if not tied:
         out.append(weight("output.weight", dims["vocab"], hidden, 4.0))
@@ -252,7 +252,8 @@ def write_gguf(
     head_dim: hidden / n_heads unless given. tied: no output.weight (default: gemma3 only). qkv_bias: default qwen2.
     rope_scaling: see `_add_rope_scaling`. rope_factors: writes rope_freqs.weight (between 1 and 8).
     sliding_window: gemma3's, 512 unless given. no_vocab False: a small vocabulary of the kind `tokenizer`
-    ("gpt2" or "llama"). split_max_tensors: several files of so many tensors each. metadata: further keys.
+    ("gpt2" or "llama"). split_max_tensors: several files of so many tensors each. metadata: further keys
+    (whole numbers are written as UINT32).
     """
     if architecture not in ("llama", "qwen2", "qwen3", "gemma3"):
         raise ValueError(f"no such architecture: {architecture}")
@@ -291,7 +292,9 @@ def write_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     for key, value in (metadata or {}).items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        kind = gguf.GGUFValueType.UINT32 if whole else gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, kind)
     rng = np.random.default_rng(seed)
     factors = rng.uniform(1.0, 8.0, head_dim // 2).astype(np.float32) if rope_factors else None
     matrices = _matrices(architecture, dims, tied, qkv_bias)
@@ -362,7 +365,8 @@ def tiny_hf(
     }
     config_class, model_class = kinds[architecture]
     head_dim = head_dim or hidden // n_heads
-    if architecture == "gemma3":
+    gemma = architecture == "gemma3"
+    if gemma:
         config = {"query_pre_attn_scalar": head_dim, "sliding_window": 16} | config
     settings = config_class(
         hidden_size=hidden,
@@ -382,11 +386,15 @@ def tiny_hf(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             if "norm" in name:
-                parameter.copy_(0.1 * noise + (0.0 if architecture == "gemma3" else 1.0))
+                mean = 0.0 if gemma else 1.0
+                if name == "model.norm.weight" and gemma and tied:
+                    noise, mean = noise * 20, 31.0
+                parameter.copy_(0.1 * noise + mean)
             elif parameter.ndim == 1:
                 parameter.copy_(0.3 * noise)
             else:
-                gain = 4.0 if "embed" in name or "lm_head" in name else 1.5 if "q_proj" in name else 1.0
+                vocabulary = 0.125 if gemma and tied else 4.0  # see _matrices
+                gain = vocabulary if "embed" in name or "lm_head" in name else 1.5 if "q_proj" in name else 1.0
                 parameter.copy_(noise * gain / parameter.shape[-1] ** 0.5)
     folder = Path(path)
     extra = {} if max_shard_size is None else {"max_shard_size": max_shard_size}

@@ -7,6 +7,7 @@ the data), and the index that `transformers` writes beside several shards (`weig
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -37,13 +38,10 @@ _DTYPES: Mapping[str, QuantType] = {
 def open_safetensors(path: Path) -> Checkpoint:
     """Opens a folder, or a .safetensors, index or config.json file in one. Raises InputError."""
     folder = path if path.is_dir() else path.parent
-    config = _read_config(folder / "config.json")
     index = _index_of(path, folder)
-    if index is not None:
-        files, tensors = _open_indexed(index)
-    else:
-        file = _single_file(path, folder)
-        files, tensors = (file,), _read_header(file, 0)
+    main = index or _single_file(path, folder)
+    config = _read_config(folder / "config.json")
+    files, tensors = _open_indexed(main) if index else ((main,), _read_header(main, 0))
     return Checkpoint("safetensors", path, files, config["model_type"], config, tensors)
 
 
@@ -83,15 +81,13 @@ def _open_indexed(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map; it is not an index of safetensors shards")
+    for name in weight_map.values():
+        if not _is_plain_name(name):
+            raise InputError(f"{index}: the shard name {short(str(name))} is not a plain file name in its folder")
     names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
-            raise InputError(
-                f"{index}: the shard name {short(str(name))} is not a plain file name in the model's folder"
-            )
     files = tuple(index.with_name(name) for name in names)
     for file in files:
-        if not file.exists():
+        if not os.path.exists(file):
             raise InputError(f"{file}: missing; {index.name} names {len(files)} shards, get all of them")
     headers = {name: _read_header(file, number) for number, (name, file) in enumerate(zip(names, files, strict=True))}
     tensors: dict[str, TensorInfo] = {}
@@ -102,9 +98,16 @@ def _open_indexed(index: Path) -> tuple[tuple[Path, ...], dict[str, TensorInfo]]
     return files, tensors
 
 
+def _is_plain_name(name: Any) -> bool:
+    """Whether it names a file of a folder and nothing outside of it."""
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 255:
+        return False
+    return name not in (".", "..") and "/" not in name and "\\" not in name
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """config.json as it is. Raises InputError without a model_type, and for weights quantised in ways unknown here."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path}: missing; a model in safetensors needs its config.json beside it")
     config = _read_json(path)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
