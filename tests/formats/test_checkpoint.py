@@ -105,19 +105,21 @@ def test_formats_do_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules"], check=True)
 
 
-@pytest.mark.models
-@pytest.mark.parametrize(
-    ("name", "architecture", "tensors", "vocabulary"),
-    [("smollm2-135m-q4_1", "llama", 272, 49152), ("gemma3-270m-q4_k_m", "gemma3", 236, 262144)],
-)
-def test_real_models(name: str, architecture: str, tensors: int, vocabulary: int) -> None:
-    folder = os.environ.get("MULTITENSOR_MODELS")
-    if not folder:
-        pytest.skip("MULTITENSOR_MODELS does not name a folder with the small real models")
-    checkpoint = open_checkpoint(Path(folder) / f"{name}.gguf")
+def check_real_model(path: Path, architecture: str, tensors: int, vocabulary: int) -> None:
+    checkpoint = open_checkpoint(path)
     assert checkpoint.architecture == architecture and len(checkpoint.tensors) == tensors
     tokens = checkpoint.metadata["tokenizer.ggml.tokens"]
     assert len(tokens) == vocabulary == checkpoint.tensors["token_embd.weight"].shape[0]
     assert all(type(token) is str for token in tokens)
     last = max(checkpoint.tensors.values(), key=lambda info: info.offset)
-    assert last.offset + last.nbytes <= checkpoint.path.stat().st_size < last.offset + last.nbytes + 64
+    assert last.offset + last.nbytes <= path.stat().st_size < last.offset + last.nbytes + 64
+
+
+@pytest.mark.models
+def test_smollm2(smollm2_path: Path) -> None:
+    check_real_model(smollm2_path, "llama", 272, 49152)
+
+
+@pytest.mark.models
+def test_gemma3(gemma3_path: Path) -> None:
+    check_real_model(gemma3_path, "gemma3", 236, 262144)
