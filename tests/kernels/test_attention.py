@@ -147,6 +147,7 @@ def test_bounded_scratch_gives_the_same(
 ) -> None:
     monkeypatch.setattr(attention, "batches_decodes", lambda device: batched)
     monkeypatch.setattr(attention, "SCORE_ELEMENTS", 200)  # a few queries at a time
+    monkeypatch.setattr(attention, "WINDOW_QUERIES", 2)
     monkeypatch.setattr(attention, "GATHER_BYTES", 2000)  # one KV head, one or two sequences at a time
     Case([13, 1, 1, 20, 1], [5, 9, 31, 0, 2], (0, 0, 1, 1, 2), 3, seed=4).check(window, softcap)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from multitensor.kernels.attention_inputs import AttentionInputs
 
 SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
+WINDOW_QUERIES = 256
 GATHER_BYTES = 32 << 20  # keys, and as much again for values, copied out of the cache at a time
 
 
@@ -119,13 +120,14 @@ class _Attend:
 
     def _gather(self, cache: torch.Tensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
         """[..., L] slots -> [..., heads, L, D] in the working dtype."""
-        return cache[:, heads][slots].to(self.dtype).transpose(-2, -3)
+        picked = cache[:, heads].index_select(0, slots.flatten()).to(self.dtype)
+        return picked.view(*slots.shape, *picked.shape[1:]).transpose(-2, -3)
 
     def sequence(self, sequence: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """q, out: [n, KV heads, group, D], the sequence's new tokens."""
         context, n = self.inputs.context_lens[sequence], q.shape[0]
         first = 0 if self.window is None else max(0, context - self.window + 1)
-        slots = self._slots(sequence, first, context + n)
+        slots = self.inputs.slots(sequence, first)
         step = self._heads_at_a_time(slots.shape[0])
         for head in range(0, q.shape[1], step):
             heads = slice(head, head + step)
@@ -133,26 +135,24 @@ class _Attend:
             v = self._gather(self.values, slots, heads)
             self._prefill(q[:, heads].permute(1, 2, 0, 3), k, v, context, first, out[:, heads].permute(1, 2, 0, 3))
 
-    def _slots(self, sequence: int, first: int, stop: int) -> torch.Tensor:
-        """int64 [stop - first]: flat cache slots of the sequence's positions [first, stop)."""
-        size = self.inputs.block_size
-        block = first // size
-        table = self.inputs.block_tables[sequence, block : -(-stop // size)]
-        offsets = torch.arange(size, device=table.device)
-        return (table.unsqueeze(1) * size + offsets).flatten()[first - block * size : stop - block * size]
-
     def _prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, first: int, out: torch.Tensor
     ) -> None:
         """q, out: [H, group, n, D]; k, v: [H, L, D], whose key 0 is at position `first`."""
         heads, group, n, _ = q.shape
+        if self.fused and n == 1:  # one query sees all keys given: a KV head's group takes the place of the queries
+            q, out, k, v = (x.unsqueeze(0) for x in (q.squeeze(2), out.squeeze(2), k, v))
+            out.copy_(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
+            return
         if self.fused and context == 0 and (self.window is None or n <= self.window):
             expanded = (heads, group, *k.shape[1:])
             k, v = k.unsqueeze(1).expand(expanded), v.unsqueeze(1).expand(expanded)
-            out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=n > 1, scale=self.scale))
+            out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale))
             return
         per_query = k.shape[1] * (1 if self.fused else heads * group)
         step = max(1, SCORE_ELEMENTS // per_query)
+        if self.window is not None:
+            step = min(step, max(self.window, WINDOW_QUERIES))  # longer chunks mostly compute what the mask hides
         for start in range(0, n, step):
             stop = min(start + step, n)
             low = 0 if self.window is None else max(first, context + start - self.window + 1) - first
@@ -164,7 +164,7 @@ class _Attend:
     def _mask(self, start: int, stop: int, low: int, high: int, device: torch.device) -> torch.Tensor | None:
         """bool [queries at positions start..stop, keys at positions low..high]: who sees whom; None: all see all."""
         if stop - start == 1:
-            return None  # the callers have narrowed the keys to what one query sees
+            return None  # the caller has narrowed the keys to what one query sees
         positions = torch.arange(start, stop, device=device).unsqueeze(1)
         keys = torch.arange(low, high, device=device)
         mask = keys <= positions

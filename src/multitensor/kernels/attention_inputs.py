@@ -48,6 +48,8 @@ class AttentionInputs:
         default_factory=dict, repr=False, compare=False
     )
 
+    _slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
     @staticmethod
     def build(
         query_lens: Sequence[int] | np.ndarray,
@@ -82,6 +84,19 @@ class AttentionInputs:
     def has_decodes(self) -> bool:
         """Whether some sequence has exactly one query token."""
         return 1 in self.query_lens
+
+    def slots(self, sequence: int, first: int) -> torch.Tensor:
+        """int64: flat cache slots of a sequence's positions from `first` on, the step's own included. Made at the first
+        layer of a kind, then shared by the step's other layers."""
+        key = (sequence, first)
+        if key not in self._slots:
+            size = self.block_size
+            stop = self.context_lens[sequence] + self.query_lens[sequence]
+            block = first // size
+            table = self.block_tables[sequence, block : -(-stop // size)]
+            every = (table.unsqueeze(1) * size + torch.arange(size, device=table.device)).flatten()
+            self._slots[key] = every[first - block * size : stop - block * size]
+        return self._slots[key]
 
     def decode_chunks(self, window: int | None, max_tokens: int) -> list[DecodeChunk]:
         """The one-token sequences in chunks of about max_tokens padded keys. Made at the first layer of a kind, then
