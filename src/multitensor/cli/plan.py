@@ -59,28 +59,27 @@ def _print_devices(console: Console, plan: Plan, memory: tuple[DeviceMemory, ...
     spec = plan.spec
     console.print(
         f"{spec.architecture}: {spec.n_layers} layers, hidden {spec.hidden_size}, {spec.n_heads} query heads and "
-        f"{spec.n_kv_heads} KV heads of {spec.head_dim}, FFN {spec.ffn_size}, vocabulary {spec.vocab_size}"
+        f"{spec.n_kv_heads} KV head(s) of {spec.head_dim}, FFN {spec.ffn_size}, vocabulary {spec.vocab_size}"
     )
     console.print(
-        f"context {plan.context}, KV pool {plan.kv_tokens} tokens in {plan.kv_type}, activations in {plan.dtype}"
+        f"context {plan.context}, KV pool of {plan.kv_tokens} tokens in {plan.kv_type}, activations in {plan.dtype}"
     )
-    groups = sorted({group for entry in memory for group in entry.weights})
-    table = Table("rank", "device", "query heads", "KV heads", "FFN", "vocabulary", *groups, "KV", "buffers", "total", "of")
+    shares = Table("rank", "device", "query heads", "KV heads", "FFN", "vocabulary", title="Who computes what")
+    for rank in plan.ranks:
+        parts = (rank.query_heads, rank.kv_heads, rank.ffn, rank.vocabulary)
+        shares.add_row(str(rank.rank), rank.device.name, *(_range(part) for part in parts))
+    console.print(shares)
+    held = Table("rank", "weights", "KV", "buffers", "total", "of", "used", title="What each device holds")
     for rank, entry in zip(plan.ranks, memory, strict=True):
-        table.add_row(
-            str(rank.rank),
-            rank.device.name,
-            _range(rank.query_heads),
-            _range(rank.kv_heads),
-            _range(rank.ffn),
-            _range(rank.vocabulary),
-            *(human_bytes(entry.weights.get(group, 0)) for group in groups),
-            human_bytes(entry.kv),
-            human_bytes(entry.buffers),
-            human_bytes(entry.total),
-            human_bytes(rank.device.capacity_bytes),
-        )
-    console.print(table)
+        weights = sum(entry.weights.values())
+        sizes = (weights, entry.kv, entry.buffers, entry.total, rank.device.capacity_bytes)
+        used = entry.total / rank.device.capacity_bytes if rank.device.capacity_bytes else 0.0
+        held.add_row(str(rank.rank), *(human_bytes(size) for size in sizes), f"{used:.0%}")
+    console.print(held)
+    groups = sorted({group for entry in memory for group in entry.weights})
+    for group in groups:
+        per_rank = ", ".join(human_bytes(entry.weights.get(group, 0)) for entry in memory)
+        console.print(f"  weights of {group}: {per_rank}")
 
 
 def _range(part: tuple[int, int]) -> str:
@@ -88,21 +87,29 @@ def _range(part: tuple[int, int]) -> str:
 
 
 def _print_tensors(console: Console, plan: Plan, every: bool) -> None:
-    """Without `every`, block 0 stands for all blocks whose tensors are cut alike."""
-    table = Table("tensor", "type", "shape", "rule", "slices by rank", "why")
-    seen: dict[tuple[object, ...], int] = {}
+    """Without `every`, one line stands for the same tensor of all blocks that are cut alike; reasons come as notes."""
+    rows: dict[tuple[str, ...], list[dict]] = {}
     for entry in plan.to_json()["tensors"]:
-        layer, _, short = entry["name"].partition(".")[2].partition(".")
-        in_block = entry["name"].startswith("blk.") and layer.isdigit()
-        key = (short if in_block else entry["name"], entry["type"], str(entry["slices"]))
-        seen[key] = seen.get(key, 0) + 1
-        if seen[key] > 1 and not every:
-            continue
-        name = f"blk.*.{short} (from {layer})" if in_block and not every else entry["name"]
-        slices = " ".join(f"{a}:{b}" for ranges in entry["slices"] for a, b in _pairs(ranges))
-        shape = "x".join(map(str, entry.get("shape", ())))
-        table.add_row(name, entry["type"], shape, entry["rule"], slices, entry.get("reason", ""))
+        prefix, _, rest = entry["name"].partition(".")
+        short = f"blk.*.{rest.partition('.')[2]}" if prefix == "blk" and not every else entry["name"]
+        rows.setdefault((short, entry["type"], entry["rule"], str(entry["slices"])), []).append(entry)
+    table = Table(title="How each tensor is cut (start:stop by rank)")
+    table.add_column("tensor", overflow="fold")
+    for heading in ("type", "shape", "how often"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("slices", overflow="fold")
+    notes: dict[str, int] = {}
+    for (short, kind, _, _), entries in rows.items():
+        first = entries[0]
+        reason = first.get("reason", "")
+        mark = f" \\[{notes.setdefault(reason, len(notes) + 1)}]" if reason else ""
+        slices = " ".join(f"{start}:{stop}" for ranges in first["slices"] for start, stop in _pairs(ranges)) or "none"
+        whole = first["rule"].startswith("Replicate")
+        shape = "x".join(map(str, first.get("shape", ())))
+        table.add_row(short.removesuffix(".weight") + mark, kind, shape, f"{len(entries)}x", "whole, on every rank" if whole else slices)
     console.print(table)
+    for reason, number in notes.items():
+        console.print(f"\\[{number}] {reason}")
 
 
 def _pairs(ranges: list) -> list:
