@@ -125,7 +125,7 @@ class _Attend:
 
     def sequence(self, sequence: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """q, out: [n, KV heads, group, D], the sequence's new tokens."""
-        context, n = self.inputs.context_lens[sequence], q.shape[0]
+        context = self.inputs.context_lens[sequence]
         first = 0 if self.window is None else max(0, context - self.window + 1)
         slots = self.inputs.slots(sequence, first)
         step = self._heads_at_a_time(slots.shape[0])
