@@ -170,6 +170,18 @@ def test_half_precision_queries(device: str, dtype: torch.dtype, head_dim: int) 
     case.check(softcap=5.0, tolerance=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_road_of_a_gpu_in_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does, on the CPU: batched decode, and products of halves."""
+    monkeypatch.setattr(attention, "batches_decodes", lambda device: True)
+    monkeypatch.setattr(attention, "working_dtype", lambda q, k_cache, softcap: q.dtype)
+    tolerance = 4e-3 if dtype == torch.float16 else 3e-2
+    case = Case([9, 1, 1, 30], [6, 40, 0, 0], (0, 0, 1, 2), 3, 32, 16, cache_dtype=dtype, dtype=dtype)
+    case.check(tolerance=tolerance)
+    case.check(window=8, tolerance=tolerance)
+    case.check(softcap=5.0, tolerance=tolerance)
+
+
 def test_no_local_heads_and_no_tokens() -> None:
     case = Case([2, 1], [3, 4], (), 0)
     assert paged_attention(case.q, case.k_cache, case.v_cache, case.inputs, (), 1.0).shape == (3, 0, 16)

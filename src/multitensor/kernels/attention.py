@@ -63,6 +63,14 @@ def batches_decodes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
+def working_dtype(q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None) -> torch.dtype:
+    """Of products: torch's fused GPU kernels take halves as they are (their sums are float32), all else is float32.
+    These kernels know no softcap and want head sizes in eights."""
+    in_half = q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k_cache.dtype
+    fused = softcap is None and q.device.type != "cpu" and q.shape[-1] % 8 == 0
+    return q.dtype if in_half and fused else torch.float32
+
+
 def paged_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -81,9 +89,7 @@ def paged_attention(
     if q.numel() == 0:
         return torch.empty_like(q)
     groups = kv_map if isinstance(kv_map, HeadGroups) else HeadGroups(kv_map, k_cache.shape[2], q.device)
-    # Half precision goes through torch's fused kernels on a GPU; everything else is computed in float32.
-    fused_half = q.device.type != "cpu" and q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k_cache.dtype
-    grouped = groups.split(q if fused_half else q.to(torch.float32))
+    grouped = groups.split(q.to(working_dtype(q, k_cache, softcap)))
     out = torch.empty_like(grouped)
     attend = _Attend(k_cache.flatten(0, 1), v_cache.flatten(0, 1), inputs, grouped.dtype, scale, window, softcap)
     batched = inputs.has_decodes and batches_decodes(q.device)
@@ -111,9 +117,8 @@ class _Attend:
     ) -> None:
         self.keys, self.values, self.inputs, self.dtype = keys, values, inputs, dtype
         self.scale, self.window, self.softcap = scale, window, softcap
-        # torch's CUDA kernels take half precision and head sizes in eights; others would build all scores at once.
-        on_cpu = keys.device.type == "cpu"
-        self.fused = softcap is None and (on_cpu or (dtype != torch.float32 and keys.shape[-1] % 8 == 0))
+        # On a GPU torch's float32 attention may build all scores at once or round through TF32.
+        self.fused = softcap is None and (keys.device.type == "cpu" or dtype != torch.float32)
 
     def _heads_at_a_time(self, tokens: int) -> int:
         return max(1, GATHER_BYTES // (tokens * self.keys.shape[-1] * self.dtype.itemsize))
