@@ -77,7 +77,10 @@ def load_rank(
     Raises InputError when a type has no kernel yet or a file ends early.
     """
     wanted = [(tensor, tensor.slices[rank]) for tensor in plan.tensors.values()]
-    return load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress)
+    weights = load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the staging area and the repacker's temporaries
+    return weights
 
 
 def load_tensors(
@@ -87,7 +90,7 @@ def load_tensors(
     norm_offset: float,
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
-    """As `load_rank`, for any choice of tensors and slices; `verify` loads single whole layers through it."""
+    """As `load_rank`, for any choice of tensors and slices; `verify` streams the whole model through it."""
     on_gpu = device.type == "cuda"
     chunk_bytes = CUDA_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES
     weights: dict[str, Weight] = {}
@@ -116,9 +119,7 @@ def load_tensors(
             if isinstance(weight, torch.Tensor) and name.endswith("_norm.weight"):
                 weight += norm_offset
     if on_gpu:
-        torch.cuda.synchronize(device)
-        del staging
-        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)  # the pinned buffers are read until here
     return weights
 
 
@@ -237,7 +238,7 @@ def _read(checkpoint: Checkpoint, fd: int, chunk: _Chunk, buffer: _Staging) -> N
 def _read_contiguous(fd: int, chunk: _Chunk, target: np.ndarray, offset: int) -> None:
     done = 0
     while done < chunk.nbytes:
-        got = os.preadv(fd, [memoryview(target)[done:]], offset + done)
+        got = os.preadv(fd, [target.data[done:]], offset + done)
         if got == 0:
             raise InputError(f"{chunk.name}: the file ends {chunk.nbytes - done} bytes early; it changed after opening")
         done += got

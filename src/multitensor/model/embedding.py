@@ -21,12 +21,9 @@ def lm_head_name(spec: ModelSpec) -> str:
 class VocabularyEmbedding:
     """Each rank looks up the ids that it holds; the others' rows are zero, so the sum is the embedding, exactly."""
 
-    def __init__(
-        self, plan: Plan, rank: int, weights: Weights, kernels: Kernels, group: Group, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, plan: Plan, rank: int, weights: Weights, kernels: Kernels, group: Group) -> None:
         self.kernels = kernels
         self.group = group
-        self.dtype = dtype
         self.hidden_size = plan.spec.hidden_size
         self.scale = plan.spec.embedding_scale
         self.rows = plan.ranks[rank].vocabulary
@@ -34,11 +31,11 @@ class VocabularyEmbedding:
         self.is_cut = plan.size > 1
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        """int64 ids [T] -> [T, hidden] in the compute dtype, equal on all ranks."""
+        """int64 ids [T] -> float32 [T, hidden], equal on all ranks."""
         if self.weight is None:
-            x = torch.zeros((ids.shape[0], self.hidden_size), dtype=self.dtype, device=ids.device)
+            x = torch.zeros((ids.shape[0], self.hidden_size), dtype=torch.float32, device=ids.device)
         else:
-            x = self.kernels.embedding(ids - self.rows.start, self.weight, self.dtype)
+            x = self.kernels.embedding(ids - self.rows.start, self.weight)
         if self.is_cut:
             x = self.group.all_reduce(x)
         return x * self.scale if self.scale != 1.0 else x
@@ -56,11 +53,18 @@ class LMHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden], normalised -> float32 [S, vocabulary], equal on all ranks."""
-        if self.weight is None:
-            local = hidden.new_zeros((hidden.shape[0], 0), dtype=torch.float32)
-        else:
-            local = self.kernels.linear(hidden, self.weight).float()
+        local = self._local(hidden)
         logits = self.group.all_gather_last(local, self.sizes) if len(self.sizes) > 1 else local
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def _local(self, hidden: torch.Tensor) -> torch.Tensor:
+        """This rank's logits. Sums of bfloat16 products are kept in float32: rounded to bfloat16 they would be worth
+        no more than three digits, and close candidates would change places."""
+        if self.weight is None:
+            return hidden.new_zeros((hidden.shape[0], 0), dtype=torch.float32)
+        plane = self.weight.planes.get("weight")
+        if plane is not None and plane.is_cuda and plane.dtype == hidden.dtype != torch.float32:
+            return torch.mm(hidden, plane.T, out_dtype=torch.float32)
+        return self.kernels.linear(hidden.float(), self.weight)

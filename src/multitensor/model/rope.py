@@ -8,7 +8,7 @@ from multitensor.architectures.spec import RopeSpec
 
 
 class RopeTable:
-    """cos, sin: float32 [context, R / 2]. Angles are computed in float64, because float32 loses them at long contexts."""
+    """cos, sin: float32 [context, R / 2]. Angles are float64, because float32 loses them at long contexts."""
 
     def __init__(self, spec: RopeSpec, context: int, factors: torch.Tensor | None, device: torch.device) -> None:
         frequencies = torch.tensor(spec.inverse_frequencies, dtype=torch.float64)

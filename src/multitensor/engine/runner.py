@@ -1,0 +1,193 @@
+"""One rank: its weights, its part of the KV cache and its decoder, driven a step at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from multitensor.config import EngineConfig
+from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.executor import Progress
+from multitensor.engine.sampler import Sampler
+from multitensor.formats.checkpoint import Checkpoint
+from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.dispatch import make_kernels
+from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.loading.loader import load_rank
+from multitensor.model.attention import KVCache
+from multitensor.model.decoder import Decoder
+from multitensor.parallel.group import Group
+from multitensor.sharding.plan import Plan
+
+KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+SCORE_SCRATCH_BYTES = 256 << 20
+
+Score = tuple[list[int], list[float], float | None]
+
+
+class ModelRunner:
+    """What an executor runs on each rank. `load` first; then `step`, `memory` and `verify` between steps.
+
+    All ranks make the same calls in the same order, for every one of them takes part in the group's collectives.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        rank: int,
+        config: EngineConfig,
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.plan = plan
+        self.rank = rank
+        self.config = config
+        self.group = group
+        self.device = device
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
+        self.kernels = make_kernels(device, config.exact)
+        group.kernels = self.kernels
+        self.weights: dict[str, QuantTensor | torch.Tensor] = {}
+        self.caches: list[KVCache] = []
+        self.sampler = Sampler(config.max_num_seqs, plan.spec.vocab_size, plan.context, device)
+        self._decoder: Decoder | None = None
+
+    @property
+    def decoder(self) -> Decoder:
+        if self._decoder is None:
+            raise RuntimeError("the model is not loaded")
+        return self._decoder
+
+    def load(self, progress: Progress | None = None) -> None:
+        """Reads this rank's weights and allocates its part of the KV cache; returns when all ranks have done so."""
+        self.weights = load_rank(self.checkpoint, self.plan, self.rank, self.device, progress)
+        self._decoder = Decoder(self.plan, self.rank, self.weights, self.kernels, self.group, self.dtype, self.device)
+        shape = (
+            self.plan.kv_tokens // self.plan.block_size,
+            self.plan.block_size,
+            self.plan.ranks[self.rank].kv_heads.size,
+            self.plan.spec.head_dim,
+        )
+        kv_dtype = KV_DTYPES[self.plan.kv_type]
+        # Zeros, not whatever the memory holds: a masked NaN would still poison a weighted sum.
+        self.caches = [
+            (
+                torch.zeros(shape, dtype=kv_dtype, device=self.device),
+                torch.zeros(shape, dtype=kv_dtype, device=self.device),
+            )
+            for _ in self.plan.spec.layers
+        ]
+        self.group.barrier()
+
+    @torch.inference_mode()
+    def step(self, step: StepInput) -> StepOutput:
+        """Runs one flat batch; the result is equal on all ranks."""
+        for setup in step.setups:
+            self.sampler.admit(setup)
+        inputs = AttentionInputs.build(
+            step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
+        )
+        hidden = self.decoder.forward(self._token_ids(step), inputs, self.caches)
+        starts = np.asarray(inputs.query_starts)
+        token_ids, logprobs = self._sample(step, hidden, starts)
+        return StepOutput(step.step, token_ids, logprobs, self._scores(step, hidden, starts))
+
+    def _token_ids(self, step: StepInput) -> torch.Tensor:
+        """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""
+        ids = torch.from_numpy(step.token_ids.astype(np.int64)).to(self.device)
+        places = np.flatnonzero(step.token_ids < 0)
+        if len(places):
+            slots = np.repeat(step.slots, step.query_lens)[places].astype(np.int64)
+            last = self.sampler.last_tokens[torch.from_numpy(slots).to(self.device)]
+            ids[torch.from_numpy(places).to(self.device)] = last
+        return ids
+
+    def _logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        """float32 [len(rows), vocabulary] of some rows of the hidden states."""
+        if len(rows) == hidden.shape[0]:
+            return self.decoder.logits(hidden)
+        return self.decoder.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))
+
+    def _sample(
+        self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
+        """Token ids int64 [S], -1 where nothing is sampled; log-probabilities by sequence number."""
+        token_ids = np.full(len(step.slots), -1, dtype=np.int64)
+        chosen = np.flatnonzero(step.sample)
+        if len(chosen) == 0:
+            return token_ids, {}
+        logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1)
+        ids, logprobs = self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen])
+        token_ids[chosen] = ids.cpu().numpy()
+        return token_ids, {int(chosen[row]): value for row, value in logprobs.items()}
+
+    def _scores(self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, list[Score]]:
+        """Log-probabilities at every position of the scored sequences, a bounded number of rows at a time."""
+        scored = np.flatnonzero(step.score_top)
+        if len(scored) == 0:
+            return {}
+        rows = np.concatenate([np.arange(starts[s], starts[s] + step.query_lens[s]) for s in scored])
+        tops = np.repeat(step.score_top[scored], step.query_lens[scored])
+        found: list[Score] = []
+        # Logits, the ranks' parts of them, and their logarithms are alive together.
+        at_once = max(1, SCORE_SCRATCH_BYTES // (3 * 4 * self.plan.spec.vocab_size))
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            found += self._score_rows(
+                self._logits(hidden, part), tops[first : first + at_once].tolist(), step.score_next[part]
+            )
+        result: dict[int, list[Score]] = {}
+        done = 0
+        for sequence in scored.tolist():
+            length = int(step.query_lens[sequence])
+            result[sequence] = found[done : done + length]
+            done += length
+        return result
+
+    def _score_rows(self, logits: torch.Tensor, tops: Sequence[int], following: np.ndarray) -> list[Score]:
+        """One (top ids, their log-probabilities, that of the id that follows) a row. following: -1 for none."""
+        logprobs = torch.log_softmax(logits, dim=-1)
+        values, ids = logprobs.topk(min(max(tops), logprobs.shape[-1]), dim=-1)
+        wanted = torch.from_numpy(following.astype(np.int64)).to(self.device).unsqueeze(1)
+        next_values = logprobs.gather(1, wanted.clamp(min=0)).squeeze(1).tolist()
+        columns = (ids.tolist(), values.tolist(), next_values, tops, following.tolist())
+        return [
+            (best[:top], best_values[:top], value if follows >= 0 else None)
+            for best, best_values, value, top, follows in zip(*columns, strict=True)
+        ]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that this rank holds, as measured: resident weights, KV cache, and on a GPU what torch's allocator
+        has handed out and reserved, on a CPU the resident memory of the process."""
+        held = {id(weight): weight.nbytes for weight in self.weights.values()}
+        result = {
+            "weights_bytes": sum(held.values()),
+            "kv_bytes": sum(k.nbytes + v.nbytes for k, v in self.caches),
+        }
+        if self.device.type == "cuda":
+            result["allocated_bytes"] = torch.cuda.memory_allocated(self.device)
+            result["reserved_bytes"] = torch.cuda.memory_reserved(self.device)
+        else:
+            import psutil
+
+            result["rss_bytes"] = int(psutil.Process().memory_info().rss)
+        return result
+
+    def verify(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
+        """The split model against the whole one; see engine/verify.py. Collective; every rank returns the result."""
+        from multitensor.engine.verify import verify
+
+        return verify(self, prompts, **options)
+
+    def close(self) -> None:
+        """Drops weights and caches; the group stays its maker's to close."""
+        self._decoder = None
+        self.weights = {}
+        self.caches = []
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -1,0 +1,300 @@
+"""The split model against the whole one, a layer at a time.
+
+Two chains run over the same prompts. The *whole* one lives on rank 0 alone: its matrices stay on disk and pass through
+the device a few rows at a time, in float32 and plain torch, so a model larger than the device can be checked. The
+*split* one is the engine's own: resident weights, fast kernels, the real group. Each layer of the split chain is judged
+from the whole chain's hidden state, so that errors of the layers before do not blur it; beside that the split chain
+runs on its own from end to end, which gives the divergence of the logits. When a layer is out of tolerance its weights
+are compared bit by bit, and the first tensor and rank that disagree are named.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from multitensor.config import EngineConfig
+from multitensor.errors import InputError
+from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.loading.loader import load_tensors
+from multitensor.loading.streamed import StreamingKernels, stream_weights, whole_rows
+from multitensor.model.attention import KVCache, Step
+from multitensor.model.decoder import Decoder
+from multitensor.model.embedding import EMBEDDING, lm_head_name
+from multitensor.parallel.group import SingleGroup
+from multitensor.sharding.plan import Plan, Ratios, Slice, TensorPlan, make_plan
+
+if TYPE_CHECKING:
+    from multitensor.engine.runner import ModelRunner
+
+KL_SCRATCH_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """layer: of a layer's error (see `_layer_error`); kl: of the mean Kullback-Leibler divergence, in nats."""
+
+    layer: float
+    kl: float
+
+
+def tolerance(config: EngineConfig, plan: Plan, device: torch.device) -> Tolerance:
+    """What rounding alone explains, times two or more; a wrong tensor gives errors of about 1.
+
+    Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; float16 2e-3 and
+    7e-5; bfloat16 4e-2 and 8e-3; float32 with a float16 cache 3e-3 and 4e-6; 8-bit activations see `kernels/cpu`.
+    """
+    if config.dtype == "bfloat16":
+        return Tolerance(layer=1e-1, kl=3e-2)
+    if not config.exact and device.type == "cpu":
+        return Tolerance(layer=1e-1, kl=3e-2)
+    if config.dtype == "float16":
+        return Tolerance(layer=2e-2, kl=1e-3)
+    return Tolerance(layer=1e-4, kl=1e-6) if plan.kv_type == "f32" else Tolerance(layer=1e-2, kl=1e-4)
+
+
+def verify(runner: ModelRunner, prompts: list[list[int]]) -> dict[str, Any]:
+    """Collective: every rank calls it between steps, and every rank returns the same JSON-serialisable result:
+
+    ok; layers: one {"layer", "error", "max_error", "rms", "drift"} each: error is what is judged, max_error and rms are
+    those of the layer's output from the same input, relative to its largest element, drift is max_error of the chain
+    that ran on its own; embedding_error, lm_head_error; kl_mean, kl_max: of whole || split, a position each;
+    top1_agreement; whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank, or
+    None; tolerance, kl_tolerance. Raises InputError for prompts that do not fit one step.
+    """
+    with torch.inference_mode():
+        return _Verification(runner, prompts).run()
+
+
+class _Verification:
+    def __init__(self, runner: ModelRunner, prompts: list[list[int]]) -> None:
+        self.runner = runner
+        self.plan, self.group, self.device = runner.plan, runner.group, runner.device
+        self.is_first = runner.rank == 0
+        self.prompts = prompts
+        self.lengths = [len(prompt) for prompt in prompts]
+        if not prompts or min(self.lengths) < 1 or max(self.lengths) > self.plan.context:
+            raise InputError(f"verify: prompts of {self.lengths} tokens; each needs 1 to {self.plan.context}")
+        self.tolerance = tolerance(runner.config, self.plan, self.device)
+        self.ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
+        self.inputs = _inputs(self.lengths, self.plan.block_size, self.device)
+        self.split = runner.decoder
+        self.split_cache = _scratch_cache(self.inputs, self.plan, runner.rank, runner.caches[0][0].dtype, self.device)
+        self.whole_plan = _whole_plan(self.plan, max(self.lengths))
+        self.whole = self._whole_decoder() if self.is_first else None
+        self.bad: tuple[str, int] | None = None
+        self.ok = True
+
+    def _whole_decoder(self) -> Decoder:
+        weights = stream_weights(self.runner.checkpoint, self.whole_plan, self.device)
+        kernels = StreamingKernels(self.device, self.runner.checkpoint)
+        group = SingleGroup()
+        group.kernels = kernels
+        return Decoder(self.whole_plan, 0, weights, kernels, group, torch.float32, self.device)
+
+    def run(self) -> dict[str, Any]:
+        step = self.split.begin(self.inputs)
+        whole_x = self._share(self.whole.embedding(self.ids) if self.whole else None)
+        own_x = self.split.embedding(self.ids)
+        nothing = torch.zeros_like(whole_x)
+        embedding_error = self._judge(_layer_error(own_x, whole_x, nothing), [EMBEDDING])
+        own = (self.split.first_norm(own_x), own_x)
+        whole_hidden = self.whole.first_norm(whole_x) if self.whole else None
+        whole_step = self.whole.begin(self.inputs) if self.whole else None
+        whole_cache = _scratch_cache(self.inputs, self.whole_plan, 0, torch.float32, self.device)
+        layers = []
+        for index, layer in enumerate(self.split.layers):
+            restarted = self._restarted_layer(index, whole_x, step)
+            own = layer(*own, step, self.split_cache)
+            before = whole_x
+            if self.whole is not None and whole_hidden is not None and whole_step is not None:
+                after = before.clone()
+                whole_hidden, after = self.whole.layers[index](whole_hidden, after, whole_step, whole_cache)
+                whole_x = self._share(after)
+            else:
+                whole_x = self._share(None)
+            error = self._judge(_layer_error(restarted, whole_x, before), self._layer_tensors(index))
+            layers.append(
+                {
+                    "layer": index,
+                    "error": error,
+                    "max_error": _max_error(restarted, whole_x),
+                    "rms": _rms_error(restarted, whole_x),
+                    "drift": _max_error(own[1], whole_x),
+                }
+            )
+        return self._report(embedding_error, layers, self._share(whole_hidden), own[0])
+
+    def _restarted_layer(self, index: int, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """The split layer's output [T, hidden] from the whole chain's hidden state."""
+        layer = self.split.layers[index]
+        residual = x.clone()
+        hidden = self.runner.kernels.rms_norm(residual, layer.first_norm, self.plan.spec.norm_eps).to(self.runner.dtype)
+        return layer(hidden, residual, step, self.split_cache)[1]
+
+    def _share(self, x: torch.Tensor | None) -> torch.Tensor:
+        """Rank 0's float32 [T, hidden], on every rank: the sum with the others' zeros."""
+        if x is None:
+            x = torch.zeros((len(self.ids), self.plan.spec.hidden_size), device=self.device)
+        return self.group.all_reduce(x.float().clone()).clone()
+
+    def _judge(self, error: float, names: Iterable[str]) -> float:
+        """Rank 0's error decides for all. Out of tolerance: looks for the tensor that is wrong, once."""
+        error = self.group.gather_objects(error)[0]  # type: ignore[assignment]
+        if not error <= self.tolerance.layer:
+            self.ok = False
+            if self.bad is None:
+                self.bad = first_bad_tensor(self.runner, names)
+        return error
+
+    def _layer_tensors(self, index: int) -> list[str]:
+        """What a layer computes with: its own tensors and the norm that follows it."""
+        last = index == self.plan.spec.n_layers - 1
+        following = "output_norm.weight" if last else f"blk.{index + 1}.attn_norm.weight"
+        return [*(t.name for t in self.plan.tensors.values() if t.decl.layer == index), following]
+
+    def _report(
+        self, embedding_error: float, layers: list[dict[str, Any]], whole_hidden: torch.Tensor, own_hidden: torch.Tensor
+    ) -> dict[str, Any]:
+        wanted = self.whole.logits(whole_hidden) if self.whole else None
+        restarted = self.split.logits(whole_hidden.to(self.runner.dtype))
+        logits = self.split.logits(own_hidden)
+        reference = restarted if wanted is None else wanted
+        nothing = torch.zeros_like(reference)
+        head_error = self._judge(_layer_error(restarted, reference, nothing), [lm_head_name(self.plan.spec)])
+        divergence = _kl_divergence(reference, logits)
+        whole_top1, split_top1 = reference.argmax(-1), logits.argmax(-1)
+        kl_mean = _finite(float(divergence.mean()))
+        result = {
+            "ok": self.ok and kl_mean <= self.tolerance.kl,
+            "layers": layers,
+            "embedding_error": embedding_error,
+            "lm_head_error": head_error,
+            "kl_mean": kl_mean,
+            "kl_max": _finite(float(divergence.max())),
+            "top1_agreement": float((whole_top1 == split_top1).float().mean()),
+            "whole_top1": [part.tolist() for part in whole_top1.split(self.lengths)],
+            "split_top1": [part.tolist() for part in split_top1.split(self.lengths)],
+            "positions": len(self.ids),
+            "first_bad_tensor": self.bad[0] if self.bad else None,
+            "first_bad_rank": self.bad[1] if self.bad else None,
+            "tolerance": self.tolerance.layer,
+            "kl_tolerance": self.tolerance.kl,
+        }
+        return self.group.gather_objects(result)[0]  # type: ignore[return-value]
+
+
+def first_bad_tensor(runner: ModelRunner, names: Iterable[str]) -> tuple[str, int] | None:
+    """Collective: the first of the tensors whose resident slice is not, bit for bit, what the file says, and the rank
+    that holds it; None when all are right (then the computation is wrong, not the weights)."""
+    names = list(names)
+    own = [name for name in names if not _slice_is_right(runner, runner.plan.tensors[name])]
+    everyone: list[list[str]] = runner.group.gather_objects(own)  # type: ignore[assignment]
+    for name in names:
+        for rank, wrong in enumerate(everyone):
+            if name in wrong:
+                return name, rank
+    return None
+
+
+def _slice_is_right(runner: ModelRunner, tensor: TensorPlan) -> bool:
+    """Whether this rank's resident slice holds the values of the whole tensor, read anew and dequantised."""
+    slices = tensor.slices[runner.rank]
+    if not slices:
+        return True
+    resident = runner.weights[tensor.name]
+    checkpoint, device = runner.checkpoint, runner.device
+    if not isinstance(resident, QuantTensor):
+        whole = replace(tensor, axis=None)
+        everything = (Slice(0, tensor.decl.info.shape[0]),)
+        vector = load_tensors(checkpoint, [(whole, everything)], device, runner.plan.spec.norm_offset)[tensor.name]
+        if isinstance(vector, QuantTensor):
+            return False
+        return _same_bits(resident, torch.cat([vector[part.start : part.stop] for part in slices]))
+    rows, cols = (slices, Slice(0, resident.cols)) if tensor.axis != 1 else ((Slice(0, resident.rows),), slices[0])
+    first = 0  # row of the resident slice
+    for segment in rows:
+        for part, whole_part in whole_rows(checkpoint, tensor, segment, device):
+            wanted = dequantize(whole_part)[:, cols.start : cols.stop]
+            if not _same_bits(dequantize(resident, slice(first, first + part.size)), wanted):
+                return False
+            first += part.size
+    return True
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+
+
+def _inputs(lengths: list[int], block_size: int, device: torch.device) -> AttentionInputs:
+    """One prefill of all prompts, their blocks one after another."""
+    blocks = [-(-length // block_size) for length in lengths]
+    table = torch.zeros((len(lengths), max(blocks)), dtype=torch.int64)
+    for sequence, count in enumerate(blocks):
+        table[sequence, :count] = torch.arange(count) + sum(blocks[:sequence])
+    return AttentionInputs.build(lengths, [0] * len(lengths), table.numpy(), block_size, device)
+
+
+def _scratch_cache(inputs: AttentionInputs, plan: Plan, rank: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    """Keys and values of one layer, used by one layer after another: each writes before it reads."""
+    blocks = int(inputs.block_tables.max()) + 1
+    shape = (blocks, inputs.block_size, plan.ranks[rank].kv_heads.size, plan.spec.head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+
+def _whole_plan(plan: Plan, context: int) -> Plan:
+    return make_plan(
+        plan.spec,
+        [plan.ranks[0].device],
+        Ratios.uniform((1.0,)),
+        context=context,
+        kv_tokens=plan.kv_tokens,
+        kv_type="f32",
+        dtype="float32",
+        block_size=plan.block_size,
+        max_num_seqs=plan.max_num_seqs,
+        max_batch_tokens=plan.max_batch_tokens,
+    )
+
+
+def _finite(value: float) -> float:
+    """JSON has no NaN: what is not a number is as wrong as can be."""
+    return value if math.isfinite(value) else 1e30
+
+
+def _layer_error(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
+    """The worst position's error, relative to what the layer adds to the stream there (its largest element).
+
+    The stream may be thousands of times larger than what one layer adds; float32's rounding of it is allowed for.
+    """
+    difference = (found - wanted).abs().amax(-1)
+    added = (wanted - before).abs().amax(-1)
+    stream = torch.maximum(wanted.abs().amax(-1), before.abs().amax(-1))
+    excess = (difference - 2 * torch.finfo(torch.float32).eps * stream).clamp(min=0)
+    return _finite(float((excess / added.clamp(min=1e-30)).max()))
+
+
+def _max_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return _finite(float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)))
+
+
+def _rms_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    rms = (found - wanted).square().mean().sqrt()
+    return _finite(float(rms / wanted.square().mean().sqrt().clamp(min=1e-30)))
+
+
+def _kl_divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Sum of p log(p / q) of each row, in nats, float64 [T]; a bounded number of rows at a time."""
+    step = max(1, KL_SCRATCH_BYTES // (4 * 8 * wanted.shape[-1]))
+    parts = []
+    for start in range(0, wanted.shape[0], step):
+        p = wanted[start : start + step].double().log_softmax(-1)
+        q = found[start : start + step].double().log_softmax(-1)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    return torch.cat(parts)
