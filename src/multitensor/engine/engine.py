@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,6 @@ from multitensor.engine.scheduler import Scheduler, Sequence
 from multitensor.engine.uniforms import derive_seed
 from multitensor.errors import InputError, RankFailed
 from multitensor.sharding.plan import Plan
-
-# Scoring wants the logits of every position: so many rows of the vocabulary (in float32) a step at most.
-MAX_SCORE_TOKENS = 256
 
 
 @dataclass
@@ -63,7 +61,6 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             n_blocks=n_blocks,
             block_size=plan.block_size,
-            max_score_tokens=MAX_SCORE_TOKENS,
         )
         self._executor = executor
         self._seed = config.seed
@@ -222,12 +219,18 @@ class Engine:
             self._failure = failure
             raise
 
-    def run(self, requests: SequenceOf[Request | ScoreRequest]) -> None:
-        """Steps until all of these are finished; cancels what is not when it is interrupted."""
+    def run(
+        self, requests: SequenceOf[Request | ScoreRequest], progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Steps until all of these are finished; cancels what is not when it is interrupted.
+        progress: called with how many are finished, of how many, when that changes."""
         unfinished = {request for request in requests if not request.finished}
         try:
             while unfinished:
-                unfinished -= {request for request in self.step() if request.finished}
+                done = {request for request in self.step() if request.finished} & unfinished
+                unfinished -= done
+                if progress is not None and done:
+                    progress(len(requests) - len(unfinished), len(requests))
         finally:
             for request in unfinished:
                 self.cancel(request)

@@ -25,7 +25,7 @@ class SamplingParams:
     n: continuations of the same prompt, each its own sequence and its own random numbers.
     temperature: 0 is greedy. top_k: 0 or -1 is off. top_p: 1 is off. min_p: 0 is off. The order is the one vLLM has:
     logit bias, penalties, temperature, min-p, top-k, top-p.
-    repetition_penalty: divides positive logits (multiplies negative ones) of every token of prompt and output; 1 is off.
+    repetition_penalty: divides positive logits (multiplies negative ones) of tokens in prompt or output; 1 is off.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or for each time.
     seed: same seed, same prompt, same plan: same text. None: taken from the engine's seed and the number of the
     request, so a fresh `LLM(seed=0)` that is asked the same things in the same order says the same.
@@ -189,6 +189,11 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+
+    @property
+    def delta(self) -> str:
+        """New text of the first continuation since the output before this one."""
+        return self.outputs[0].delta
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> Iterable[int]: ...
-    def stream(self, *, skip_special: bool = True) -> TextStream: ...
+    def stream(self, *, skip_special: bool = True, continuation: bool = False) -> TextStream: ...
     def token_bytes(self, token: int) -> bytes: ...
 
 
@@ -53,7 +53,9 @@ class Continuation:
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(params.stop_ids)
         self._eos_ids = frozenset() if params.ignore_eos else eos_ids
-        self._stream = tokenizer.stream(skip_special=params.skip_special_tokens) if tokenizer else None
+        self._stream = (
+            tokenizer.stream(skip_special=params.skip_special_tokens, continuation=True) if tokenizer else None
+        )
         self._matcher = StopMatcher(params.stop_strings, params.include_stop_str_in_output)
         self._token_ids: list[int] = []
         self._text: list[str] = []

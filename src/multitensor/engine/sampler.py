@@ -3,8 +3,8 @@
 The order is vLLM's: logit bias, suppression before min_tokens, penalties, temperature, min-p, top-k, top-p; then one
 uniform number a sequence goes through the inverse of the cumulative distribution over the vocabulary in id order.
 
-What a row yields depends on that row alone, and on no order of summation: probabilities are summed as integers. A filter
-keeps *every* token that is as likely as the least likely one it keeps, so no tie is decided by a sort.
+What a row yields depends on that row alone, and on no order of summation: probabilities are summed as integers.
+A filter keeps *every* token that is as likely as the least likely one it keeps, so no tie is decided by a sort.
 Rows are sorted into kinds on the host, from what the requests asked for; nothing waits for the device except
 log-probabilities (and, on a CPU, a look whether top-p needs a full sort).
 """
@@ -174,7 +174,7 @@ class Sampler:
         return ids.clamp_(max=logits.shape[-1] - 1)  # NaN logits must not lead out of the vocabulary
 
     def _threshold(self, x: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
-        """The least value that top-k and top-p keep, float32 [R, 1]. x: scaled logits, largest 0, -inf where dropped."""
+        """The least value that top-k and top-p keep, float32 [R, 1]. x: scaled logits <= 0, -inf where dropped."""
         top_k = self._top_k[slots]
         candidates = x.shape[-1]
         if (top_k > 0).all():

@@ -89,8 +89,8 @@ class Update:
 
 
 class Scheduler:
-    """max_batch_tokens: query tokens in one step; max_score_tokens: of them, positions whose logits are all wanted
-    (a row of the vocabulary each); max_num_seqs: sequences that hold a slot; n_blocks of block_size tokens: the pool."""
+    """max_batch_tokens: query tokens in one step; max_num_seqs: sequences that hold a slot; n_blocks of block_size
+    tokens: the KV pool."""
 
     def __init__(
         self,
@@ -99,10 +99,8 @@ class Scheduler:
         max_num_seqs: int,
         n_blocks: int,
         block_size: int,
-        max_score_tokens: int | None = None,
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
-        self.max_score_tokens = min(max_score_tokens or max_batch_tokens, max_batch_tokens)
         self.max_num_seqs = max_num_seqs
         self.blocks = BlockManager(n_blocks, block_size)
         self.waiting: deque[Sequence] = deque()
@@ -141,8 +139,7 @@ class Scheduler:
         """The next step, which counts as under way from now on; None when there is nothing to compute before the
         results of the steps under way are known."""
         preemptions = self.preemptions
-        budget = _Budget(self.max_batch_tokens, self.max_score_tokens)
-        chunks, starved = self._continue_running(budget)
+        chunks, budget, starved = self._continue_running(self.max_batch_tokens)
         self.started = []
         if not starved and preemptions == self.preemptions:
             chunks += self._admit(budget)
@@ -179,16 +176,16 @@ class Scheduler:
                 sequence.scores += output.scores[number][len(sequence.scores) - chunk.start :]
                 yield Update(sequence, None)
 
-    def _continue_running(self, budget: _Budget) -> tuple[list[Chunk], bool]:
-        """Chunks of the sequences that run already; and whether one of them waits for blocks, which the younger
-        must then leave to it."""
+    def _continue_running(self, budget: int) -> tuple[list[Chunk], int, bool]:
+        """Chunks of the sequences that run already; the tokens of the budget that are left; and whether one of them
+        waits for blocks, which the younger must then leave to it."""
         chunks: list[Chunk] = []
         starved = False
         position = 0
         while position < len(self.running):  # preemption takes from the end
             sequence = self.running[position]
             position += 1
-            size = budget.allows(sequence)
+            size = min(sequence.remaining, budget)
             if size == 0:
                 continue
             needs_blocks = self.blocks.blocks_for(sequence.computed + size) > len(sequence.table)
@@ -196,8 +193,8 @@ class Scheduler:
                 starved = True
                 continue
             chunks.append(_chunk(sequence, size))
-            budget.spend(sequence, size)
-        return chunks, starved
+            budget -= size
+        return chunks, budget, starved
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for `tokens` tokens, at the cost of younger sequences if need be. False: it must wait for blocks
@@ -219,14 +216,14 @@ class Scheduler:
         self.blocks.release(sequence.table, sequence.last_step)
         sequence.computed = 0
 
-    def _admit(self, budget: _Budget) -> list[Chunk]:
+    def _admit(self, budget: int) -> list[Chunk]:
         """Chunks of sequences that start (or start again), oldest first. One starts when the blocks for all tokens it
         has are free, though it takes them chunk by chunk; who must be computed again also knows all its tokens."""
         chunks: list[Chunk] = []
         promised = 0
         while self.waiting:
             sequence = self.waiting[0]
-            size = 0 if sequence.pending else budget.allows(sequence)
+            size = 0 if sequence.pending else min(sequence.remaining, budget)
             needed = self.blocks.blocks_for(sequence.total)
             if size == 0 or needed > self.blocks.n_free - promised or (sequence.slot < 0 and not self._free_slots):
                 break
@@ -238,25 +235,8 @@ class Scheduler:
                 sequence.slot = self._free_slots.pop()
                 self.started.append(sequence)
             chunks.append(_chunk(sequence, size))
-            budget.spend(sequence, size)
+            budget -= size
         return chunks
-
-
-class _Budget:
-    """Tokens that still go into the step."""
-
-    def __init__(self, tokens: int, score_tokens: int) -> None:
-        self._tokens = tokens
-        self._score_tokens = score_tokens
-
-    def allows(self, sequence: Sequence) -> int:
-        size = min(sequence.remaining, self._tokens)
-        return min(size, self._score_tokens) if sequence.score_top else size
-
-    def spend(self, sequence: Sequence, size: int) -> None:
-        self._tokens -= size
-        if sequence.score_top:
-            self._score_tokens -= size
 
 
 def _chunk(sequence: Sequence, size: int) -> Chunk:

@@ -1,0 +1,401 @@
+"""The Python API: `LLM`, with vLLM's names and shapes (never imports torch in this process).
+
+What differs from vLLM's `LLM`, beside what engine/request.py says:
+- Text prompts never become control tokens: "<|im_end|>" in a prompt is ten characters. Use `chat`, or token ids.
+- Unknown keywords raise TypeError; max_model_len defaults to what fits, not to an error when the model's does not.
+- `generate` draws no progress bar unless asked (progress=True); results come in the order of the prompts.
+- dtype="float32" is the exact mode: no activation is rounded to 8 bits anywhere.
+- Not for use by several threads at once. Streams and other calls may be interleaved in one thread.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Integral
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from multitensor.config import EngineConfig
+from multitensor.engine.engine import Engine, EngineStats
+from multitensor.engine.executor import Executor, Progress
+from multitensor.engine.request import PositionScore, RequestOutput, SamplingParams
+from multitensor.engine.request_state import Request
+from multitensor.errors import InputError
+from multitensor.formats.checkpoint import Checkpoint
+from multitensor.sharding.plan import Plan
+
+if TYPE_CHECKING:
+    from multitensor.formats.tokenizer import Tokenizer
+    from multitensor.sharding.memory import DeviceMemory
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Mapping[str, Any]
+
+VERIFY_TEXTS = (
+    "The tide comes in twice a day, and the harbour fills with boats that have nowhere else to go.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+)
+VERIFY_TOKENS = 24  # a prompt, where there is no vocabulary to make it from text
+
+
+class LLM:
+    """A model cut over this machine's devices, ready to write.
+
+    model: a .gguf file (any part of a split one) or a Hugging Face folder.
+    tensor_parallel_size (alias tensor_parallel): ranks; default every GPU found, or one CPU rank.
+    devices: "cpu:2", "cuda:0,cuda:1=24GiB" (a memory cap), or a list of such; one rank each.
+    ratio: "3,1", numbers, or a mapping {"attention": ..., "ffn": ..., "experts": ..., "vocabulary": ...}.
+    max_model_len (alias context): tokens of prompt and answer together; default the model's own, or what fits.
+    dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16".
+    seed: of requests that have none of their own.
+    Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        tensor_parallel_size: int | None = None,
+        devices: str | Sequence[str] | None = None,
+        ratio: str | Sequence[float] | Mapping[str, Sequence[float]] | None = None,
+        max_model_len: int | None = None,
+        dtype: str | None = None,
+        kv_type: str | None = None,
+        seed: int = 0,
+        tensor_parallel: int | None = None,
+        context: int | None = None,
+    ) -> None:
+        self._start(
+            model,
+            progress=None,
+            tensor_parallel_size=_alias(
+                "tensor_parallel_size", tensor_parallel_size, "tensor_parallel", tensor_parallel
+            ),
+            devices=devices,
+            ratio=ratio,
+            max_model_len=_alias("max_model_len", max_model_len, "context", context),
+            dtype=dtype,
+            kv_type=kv_type,
+            seed=seed,
+        )
+
+    @classmethod
+    def _open(cls, model: str | Path, *, progress: Progress | None = None, **settings: Any) -> LLM:
+        """As `LLM(model, ...)` for this package's own commands: with a progress callback while loading, and every
+        setting that `prepare` has."""
+        llm = cls.__new__(cls)
+        llm._start(model, progress=progress, **settings)
+        return llm
+
+    @classmethod
+    def _from_executor(
+        cls,
+        executor: Executor,
+        plan: Plan,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> LLM:
+        """Over an executor whose ranks are ready (tests with ranks as threads). The LLM closes it."""
+        llm = cls.__new__(cls)
+        llm._attach(executor, plan, config, tokenizer, checkpoint)
+        return llm
+
+    def _start(self, model: str | Path, *, progress: Progress | None, **settings: Any) -> None:
+        from multitensor.engine.prepare import prepare
+        from multitensor.engine.process_executor import ProcessExecutor
+        from multitensor.formats.tokenizer import load_tokenizer
+
+        prepared = prepare(model, **settings)
+        tokenizer = load_tokenizer(prepared.checkpoint)
+        executor = ProcessExecutor()
+        try:
+            executor.start(prepared.plan, prepared.config, progress)
+        except BaseException:
+            executor.close()
+            raise
+        self._attach(executor, prepared.plan, prepared.config, tokenizer, prepared.checkpoint)
+
+    def _attach(
+        self,
+        executor: Executor,
+        plan: Plan,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self._plan = plan
+        self._checkpoint = checkpoint
+        self._tokenizer = tokenizer
+        self._opened: Engine | None = Engine(executor, plan, config, tokenizer)
+        # Also when the last reference goes, or the interpreter, so that no rank outlives it.
+        self._finalizer = weakref.finalize(self, executor.close)
+
+    # --- what it is ---
+
+    @property
+    def plan(self) -> Plan:
+        """Which rank holds which slice of every tensor, the context and the types: see sharding/plan.py."""
+        return self._plan
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The model file's metadata: GGUF keys, or config.json."""
+        return self._checkpoint.metadata if self._checkpoint is not None else {}
+
+    @property
+    def has_vocabulary(self) -> bool:
+        """False: the file carries no tokenizer; everything works with token ids, and text is refused."""
+        return self._tokenizer is not None
+
+    @property
+    def memory_plan(self) -> tuple[DeviceMemory, ...]:
+        """Bytes a device that the plan foresees: weights by group, KV, buffers."""
+        from multitensor.sharding.memory import device_memory
+
+        return device_memory(self._plan)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Steps, tokens and seconds of prefill and decode since the start."""
+        return self._engine.stats
+
+    def memory(self) -> list[dict[str, int]]:
+        """Bytes that each rank holds, as measured."""
+        return self._engine.call("memory")
+
+    # --- writing ---
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[[int, int], None] = False,
+    ) -> list[RequestOutput]:
+        """Continues every prompt; results in the order of the prompts.
+
+        prompts: a text, token ids, or a list of either (vLLM's {"prompt": ...} and {"prompt_token_ids": ...} too).
+        sampling_params: for all, or one each; default `SamplingParams()`. A text gets the model's BOS token where the
+        model's files ask for one. progress: True draws a bar on stderr; a callable gets (finished, all).
+        InputError before anything runs when one prompt is wrong, such as longer than the context.
+        """
+        parsed = [self._parse(prompt) for prompt in _prompt_list(prompts)]
+        return self._generate(parsed, sampling_params, progress)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool | Callable[[int, int], None] = False,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation ([{"role": "user", "content": "Hello"}, ...]) or a list of conversations, through the
+        model's chat template. What users write never becomes a control token."""
+        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        parsed = [
+            (None, self.chat_ids(conversation, add_generation_prompt=add_generation_prompt, tools=tools))  # type: ignore[arg-type]
+            for conversation in conversations
+        ]
+        return self._generate(parsed, sampling_params, progress)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Generator[RequestOutput, None, None]:
+        """Continues one prompt, yielding at every new token. Each item holds everything so far, as vLLM's do, and what
+        is new in `.delta` (of the first continuation; `.outputs[i].delta` for each). The prompt is checked at once, the
+        work starts with the first item; closing the generator, or dropping it, cancels the request."""
+        text, ids = self._parse(prompt)
+        params = sampling_params or SamplingParams()
+        self._engine.check_prompt(ids)
+        self._engine.check_params(params)
+        return self._stream(text, ids, params)
+
+    def _stream(
+        self, text: str | None, ids: Sequence[int], params: SamplingParams
+    ) -> Generator[RequestOutput, None, None]:
+        engine = self._engine
+        request = engine.add_request(ids, params, prompt=text)
+        seen = 0
+        try:
+            while not request.finished:
+                engine.step()
+                # Another stream's steps may have brought tokens too; so look at the request, not at the step's news.
+                if request.metrics.output_tokens > seen:
+                    seen = request.metrics.output_tokens
+                    yield request.output()
+            if request.metrics.output_tokens > seen:
+                yield request.output()
+        finally:
+            if not request.finished:
+                engine.cancel(request)
+
+    def _generate(
+        self,
+        prompts: Sequence[tuple[str | None, Sequence[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        progress: bool | Callable[[int, int], None],
+    ) -> list[RequestOutput]:
+        engine = self._engine
+        params = _params_list(sampling_params, len(prompts))
+        for (_, ids), each in zip(prompts, params, strict=True):
+            engine.check_prompt(ids)
+            engine.check_params(each)
+        requests: list[Request] = [
+            engine.add_request(ids, each, prompt=text) for (text, ids), each in zip(prompts, params, strict=True)
+        ]
+        with _progress(progress) as report:
+            engine.run(requests, report)
+        return [request.output() for request in requests]
+
+    # --- text and ids ---
+
+    def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        """Token ids of the text. special: names of control tokens become those tokens. bos: begin as the model's files
+        ask for (with BOS, if they do)."""
+        return self._need_tokenizer("tokenize").encode(text, special=special, bos=bos)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of the ids, control tokens left out."""
+        return self._need_tokenizer("detokenize").decode(_id_list(ids))
+
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation through the model's chat template, as `chat` and `stream` take them."""
+        from multitensor.formats.chat_template import render_chat
+
+        tokenizer = self._need_tokenizer("chat")
+        conversation = [dict(message) for message in messages]
+        extra = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
+        return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, **extra)
+
+    # --- looking at the model ---
+
+    def score(self, ids: Sequence[int], top: int = 10) -> list[PositionScore]:
+        """The model's distribution after each of the ids: `top` best ids with their log-probabilities (natural), and
+        that of the id that follows in `ids` (None at the end). Texts longer than a step are computed in chunks."""
+        request = self._engine.add_score(_id_list(ids), top)
+        self._engine.run([request])
+        return request.scores()
+
+    def verify(self, prompts: Sequence[Sequence[int]] | None = None, **options: Any) -> dict[str, Any]:
+        """The split model against a whole one that is streamed a layer at a time on the first rank's device; the
+        report's "ok" says whether every layer and the logits agree within tolerance.
+        prompts: token ids, by default a few short ones. options: see engine/verify.py."""
+        chosen = self._verify_prompts() if prompts is None else [self._engine.check_prompt(ids) for ids in prompts]
+        return self._engine.call("verify", prompts=chosen, **options)[0]
+
+    def _verify_prompts(self) -> list[list[int]]:
+        limit = max(1, min(self._engine.context, self._plan.max_batch_tokens) - 1)
+        if self._tokenizer is not None:
+            texts = [self._tokenizer.encode(text, bos=True) for text in VERIFY_TEXTS]
+        else:
+            # Steps that are prime to most vocabulary sizes, so that ids spread over all ranks' parts of it.
+            size = self._plan.spec.vocab_size
+            texts = [[(first + 7919 * i) % size for i in range(VERIFY_TOKENS)] for first in (1, 104_729)]
+        return [ids[:limit] for ids in texts]
+
+    # --- its end ---
+
+    def close(self) -> None:
+        """Ends the ranks and frees everything; safe to call twice."""
+        self._opened = None
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _engine(self) -> Engine:
+        if self._opened is None:
+            raise InputError("this LLM is closed; open the model again")
+        return self._opened
+
+    def _need_tokenizer(self, what: str) -> Tokenizer:
+        if self._tokenizer is None:
+            raise InputError(f"{what}: the model file has no vocabulary; give token ids instead of text")
+        return self._tokenizer
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
+        """(text or None, token ids)."""
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), _id_list(prompt["prompt_token_ids"])
+            prompt = prompt.get("prompt", prompt)
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt)
+        return None, _id_list(prompt)
+
+    def _encode(self, text: str) -> list[int]:
+        """A text prompt's ids. It gets BOS where the model wants one; a text that spells BOS at its start gets no
+        second one."""
+        tokenizer = self._need_tokenizer("a text prompt")
+        if tokenizer.add_bos and tokenizer.bos_id is not None:
+            name = tokenizer.token_bytes(tokenizer.bos_id).decode("utf-8", "replace")
+            if name:
+                text = text.removeprefix(name)
+        return tokenizer.encode(text, bos=True)
+
+
+def _alias(name: str, value: int | None, alias: str, alias_value: int | None) -> int | None:
+    if value is not None and alias_value is not None and value != alias_value:
+        raise InputError(f"{name}={value} and {alias}={alias_value} are two names of one setting; give one of them")
+    return value if value is not None else alias_value
+
+
+def _id_list(ids: object) -> list[int]:
+    """Token ids from any sequence of integers (lists, tuples, arrays). Raises InputError for anything else."""
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    good = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not good or not all(isinstance(value, Integral) and not isinstance(value, bool) for value in values):  # type: ignore[union-attr]
+        raise InputError(f"a prompt is a text or a list of token ids, not {str(ids)[:60]!r}")
+    return [int(value) for value in values]  # type: ignore[union-attr]
+
+
+def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    values: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
+        return [values]
+    if values and isinstance(values[0], Integral):
+        return [values]
+    return list(values)
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise InputError(f"{count} prompts but {len(params)} sampling_params; give one for all, or one each")
+    return list(params)
+
+
+@contextmanager
+def _progress(wanted: bool | Callable[[int, int], None]) -> Iterator[Callable[[int, int], None] | None]:
+    if callable(wanted):
+        yield wanted
+    elif not wanted:
+        yield None
+    else:
+        from rich.console import Console
+        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("prompts", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,206 @@
+"""An executor without a model: the next token is a hash of all tokens before it, read back through the block tables.
+
+So a wrong block, position, slot, late token or chunk changes the text, and nothing else does: batching, chunking,
+preemption and lateness must not. It also checks what every step promises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from multitensor.config import EngineConfig
+from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.engine import Engine
+from multitensor.engine.request import SamplingParams
+from multitensor.engine.uniforms import derive_seed, uniform
+from multitensor.errors import RankFailed
+
+VOCAB = 40
+EOS = 0
+
+
+def digest(*values: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
+
+
+def next_token(context: list[int], share: float | None) -> int:
+    """share: None for greedy."""
+    return digest("token", context, share) % VOCAB
+
+
+def next_score(context: list[int], following: int, top: int) -> tuple[list[int], list[float], float | None]:
+    best = [digest("top", context, k) % VOCAB for k in range(top)]
+    after = None if following < 0 else -float(digest("next", context, following) % 100)
+    return best, [-float(k) for k in range(top)], after
+
+
+def oracle(prompt: list[int], params: SamplingParams, *, context: int, engine_seed: int = 0, number: int = 0) -> list[list[int]]:
+    """Output ids of every continuation, one token at a time, nothing batched."""
+    seed = derive_seed(0, params.seed) if params.seed is not None else derive_seed(1, engine_seed, number)
+    limit = context - len(prompt)
+    limit = limit if params.max_tokens is None else min(limit, params.max_tokens)
+    results = []
+    for index in range(params.n):
+        ids = list(prompt)
+        while len(ids) - len(prompt) < limit:
+            share = None if params.greedy else uniform(derive_seed(seed, index), len(ids))
+            ids.append(next_token(ids, share))
+            if ids[-1] in params.stop_ids or (ids[-1] == EOS and not params.ignore_eos):
+                break
+        results.append(ids[len(prompt) :])
+    return results
+
+
+class FakeExecutor:
+    """One rank, computed when its result is collected. fail_at: the step whose collection fails."""
+
+    def __init__(self, n_blocks: int, block_size: int, max_batch_tokens: int, max_num_seqs: int) -> None:
+        self.block_size = block_size
+        self.max_batch_tokens = max_batch_tokens
+        self.max_num_seqs = max_num_seqs
+        self.cache = np.full((n_blocks, block_size), -7, np.int64)
+        self.last_tokens = np.full(max_num_seqs, -5, np.int64)
+        self.setups: dict[int, SamplingSetup] = {}
+        self.queue: deque[StepInput] = deque()
+        self.steps: list[StepInput] = []
+        self.fail_at: int | None = None
+        self.closed = 0
+        self.on_submit: Callable[[StepInput], None] = lambda step: None
+
+    def start(self, plan: Any, config: Any, progress: Any = None) -> None: ...
+
+    def submit(self, step: StepInput) -> None:
+        self.check(step)
+        self.queue.append(step)
+        self.steps.append(step)
+        self.on_submit(step)
+
+    def check(self, step: StepInput) -> None:
+        assert len(self.queue) < 2, "more than one step ahead"
+        assert step.step == len(self.steps)
+        assert 1 <= step.query_lens.sum() <= self.max_batch_tokens
+        assert len(step.token_ids) == len(step.score_next) == step.query_lens.sum()
+        assert (step.query_lens > 0).all()
+        assert len(set(step.slots.tolist())) == len(step.slots) <= self.max_num_seqs
+        owners = self.owners(step)
+        for under_way in self.queue:
+            for block, owner in self.owners(under_way).items():
+                assert owners.get(block, owner) == owner, "a block changed hands while a step used it"
+
+    def owners(self, step: StepInput) -> dict[int, tuple[int, int]]:
+        """Block -> (slot, logical number); each block once."""
+        result: dict[int, tuple[int, int]] = {}
+        for row, slot in enumerate(step.slots.tolist()):
+            used = -(-int(step.context_lens[row] + step.query_lens[row]) // self.block_size)
+            for number, block in enumerate(step.block_tables[row, :used].tolist()):
+                assert block not in result
+                result[block] = (slot, number)
+        return result
+
+    def collect(self) -> StepOutput:
+        step = self.queue.popleft()
+        if step.step == self.fail_at:
+            raise RankFailed("rank 1 of 2 was killed (signal 9)")
+        for setup in step.setups:
+            self.setups[setup.slot] = setup
+        tokens = np.full(len(step.slots), -1, np.int32)
+        output = StepOutput(step.step, tokens)
+        starts = np.concatenate([[0], np.cumsum(step.query_lens)])
+        for row, slot in enumerate(step.slots.tolist()):
+            self.run_row(step, row, slot, int(starts[row]), output)
+        return output
+
+    def run_row(self, step: StepInput, row: int, slot: int, first: int, output: StepOutput) -> None:
+        n_cached, n_new = int(step.context_lens[row]), int(step.query_lens[row])
+        table = step.block_tables[row]
+        for i in range(n_new):
+            token = int(step.token_ids[first + i])
+            position = n_cached + i
+            value = token if token >= 0 else int(self.last_tokens[slot])
+            self.cache[table[position // self.block_size], position % self.block_size] = value
+        used = -(-(n_cached + n_new) // self.block_size)
+        context = self.cache[table[:used]].reshape(-1)[: n_cached + n_new].tolist()
+        if step.score_top[row]:
+            output.scores[row] = [
+                next_score(context[: n_cached + i + 1], int(step.score_next[first + i]), int(step.score_top[row]))
+                for i in range(n_new)
+            ]
+        if step.sample[row]:
+            setup = self.setups[slot]
+            token = next_token(context, None if setup.temperature == 0 else float(step.uniforms[row]))
+            output.token_ids[row] = token
+            self.last_tokens[slot] = token
+            if setup.logprobs >= 0:
+                best = [(token + k) % VOCAB for k in range(setup.logprobs)]
+                output.logprobs[row] = TokenLogprobs(-0.5, best, [-0.5 - k for k in range(setup.logprobs)], 1)
+
+    def call(self, method: str, **arguments: Any) -> list[Any]:
+        assert not self.queue, "called between submit and collect"
+        return [(method, arguments)]
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class FakeTokenizer:
+    """Token t is the letter number t ("a" for 1 ...), or a digit; EOS is a control token."""
+
+    eos_ids = frozenset({EOS})
+    bos_id = 39
+    add_bos = True
+    vocab_size = VOCAB
+
+    def token_bytes(self, token: int) -> bytes:
+        if token == EOS:
+            return b"</s>"
+        return b"<s>" if token == self.bos_id else chr(ord("a") + token - 1).encode() if token <= 26 else b"%d" % (token % 10)
+
+    def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
+        ids = [ord(c) - ord("a") + 1 for c in text]
+        return [self.bos_id, *ids] if bos else ids
+
+    def decode(self, ids: list[int], *, skip_special: bool = True) -> str:
+        stream = self.stream(skip_special=skip_special)
+        return "".join(stream.push(token) for token in ids) + stream.flush()
+
+    def stream(self, *, skip_special: bool = True, continuation: bool = False) -> Any:
+        hidden = (EOS, self.bos_id) if skip_special else ()
+        return SimpleNamespace(
+            push=lambda token: "" if token in hidden else self.token_bytes(token).decode(), flush=lambda: ""
+        )
+
+
+def make_plan(context: int, n_blocks: int, block_size: int, max_batch_tokens: int = 16) -> Any:
+    return SimpleNamespace(
+        context=context,
+        kv_tokens=n_blocks * block_size,
+        block_size=block_size,
+        max_batch_tokens=max_batch_tokens,
+        spec=SimpleNamespace(vocab_size=VOCAB),
+    )
+
+
+def make_config(max_num_seqs: int, max_batch_tokens: int, block_size: int, seed: int = 0) -> EngineConfig:
+    return EngineConfig("fake", "float32", True, seed, max_num_seqs, max_batch_tokens, block_size)
+
+
+def make_engine(
+    *,
+    context: int = 64,
+    n_blocks: int = 64,
+    block_size: int = 4,
+    max_num_seqs: int = 4,
+    max_batch_tokens: int = 16,
+    seed: int = 0,
+    tokenizer: Any = None,
+) -> tuple[Engine, FakeExecutor]:
+    executor = FakeExecutor(n_blocks, block_size, max_batch_tokens, max_num_seqs)
+    config = make_config(max_num_seqs, max_batch_tokens, block_size, seed)
+    plan = make_plan(context, n_blocks, block_size, max_batch_tokens)
+    return Engine(executor, plan, config, tokenizer or FakeTokenizer()), executor
