@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from multitensor.kernels import reference
 
 
 class Group(ABC):
@@ -13,10 +16,14 @@ class Group(ABC):
 
     Sums are taken in rank order, so that all ranks hold the same bits. A rank that dies or aborts makes the others
     raise RankFailed instead of waiting for ever.
+
+    kernels: what computes the norm of `reduce_add_norm`: the plain reference until the rank sets its own handle
+    (anything with `rms_norm` and `add_rms_norm` of that signature).
     """
 
     rank: int
     size: int
+    kernels: Any = reference
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +38,11 @@ class Group(ABC):
         """Small picklable values, one a rank, in rank order, on every rank. Slow path: checks and reports only."""
 
     @abstractmethod
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        """Returns on every rank once all ranks have called it."""
+
+    def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
+        """Makes every other rank's pending and future calls raise RankFailed, where the backend can; returns at once."""
 
     def close(self) -> None:  # noqa: B027 - most groups hold nothing
         """Release what the group holds; safe to call twice."""
@@ -44,6 +55,43 @@ class Group(ABC):
         eps: float,
         post_norm_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The visible reduction of a layer: residual += post_norm(all_reduce(partial)); returns
-        (rms_norm(residual) * norm_weight, residual). All [T, hidden]; fused by backends that can."""
-        raise NotImplementedError
+        """The visible reduction of a layer: residual += post_norm(all_reduce(partial)), in place and in residual's own
+        dtype; returns (rms_norm(residual) * norm_weight in partial's dtype, residual). All [T, hidden]; the weights
+        [hidden]; norms in float32. Fused by backends that can."""
+        total = self.all_reduce(partial)
+        if post_norm_weight is not None:
+            total = self.kernels.rms_norm(total, post_norm_weight, eps)
+        normed, residual = self.kernels.add_rms_norm(total, residual, norm_weight, eps)
+        return normed, residual
+
+
+class SingleGroup(Group):
+    """One rank: nothing to exchange."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.size = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        check_gather(x, sizes, 0, 1)
+        return x
+
+    def gather_objects(self, value: object) -> list[object]:
+        return [value]
+
+    def barrier(self) -> None:
+        return None
+
+
+def check_gather(x: torch.Tensor, sizes: Sequence[int], rank: int, size: int) -> None:
+    """Raises ValueError unless x is [T, sizes[rank]] and there is one size a rank: a mismatch would corrupt silently."""
+    if len(sizes) != size or x.dim() != 2 or x.shape[1] != sizes[rank]:
+        raise ValueError(f"rank {rank} of {size} gathers {tuple(x.shape)} where sizes are {tuple(sizes)}")
+
+
+def wire_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a sum over ranks is taken: float32 for the narrow floats, else the tensor's own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

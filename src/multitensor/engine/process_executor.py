@@ -1,0 +1,192 @@
+"""Ranks as processes: starts them, sends them steps, and turns their failures into exceptions (never imports torch)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import weakref
+from collections import deque
+from typing import Any
+
+from multitensor.config import EngineConfig
+from multitensor.engine.batch import StepInput, StepOutput
+from multitensor.engine.bootstrap import MODEL_RUNNER, Bootstrap, cpu_threads_per_rank, device_kind
+from multitensor.engine.executor import Progress
+from multitensor.engine.supervisor import Launch, Supervisor
+from multitensor.engine.torchrun import World, torchrun_world
+from multitensor.errors import InputError, RankFailed
+from multitensor.parallel.group_region import abort_group, create_group_region
+from multitensor.parallel.shared_region import SharedRegion
+from multitensor.parallel.step_channel import EngineChannel
+from multitensor.sharding.plan import Plan
+
+
+class _Ranks:
+    """Everything that has to be given back; knows nothing of the executor, so that dropping the executor ends the
+    ranks."""
+
+    def __init__(self, plan: Plan, config: EngineConfig, factory: str) -> None:
+        kind = device_kind(plan)
+        world = _world_for(plan)
+        debug = bool(os.environ.get("MULTITENSOR_DEBUG"))
+        threads = cpu_threads_per_rank(plan, os.environ)
+        self.size = plan.size
+        with contextlib.ExitStack() as undo:
+            bootstrap = Bootstrap(plan, config, factory, threads, debug).to_memfd()
+            undo.callback(os.close, bootstrap)
+            self.channel = EngineChannel(plan.size)
+            undo.callback(self.channel.close)
+            # CPU ranks reduce in it; for GPU ranks it only holds their rendezvous, which has to start empty.
+            self._group_region = create_group_region(plan.size) if kind == "cpu" else None
+            if self._group_region is not None:
+                undo.callback(self._group_region.close)
+                group_fd = self._group_region.fd
+            else:
+                group_fd = os.memfd_create("multitensor-store", os.MFD_CLOEXEC)
+                undo.callback(os.close, group_fd)
+            launch = Launch(
+                names=tuple(rank.device.name for rank in plan.ranks),
+                fds=(bootstrap, self.channel.region.fd, group_fd),
+                cpu_threads=threads,
+                world=world,
+                debug=debug,
+            )
+            self.supervisor = Supervisor(launch, _give_up(self.channel, self._group_region))
+            self._release = undo.pop_all()
+
+    def check(self) -> None:
+        """Raises what a rank failed of."""
+        if self.supervisor.failure is not None:
+            raise self.supervisor.failure.error()
+        if not self.supervisor.is_alive():
+            raise RankFailed("the ranks have been ended")
+
+    def close(self) -> None:
+        """Safe to call twice, and again after an interruption."""
+        supervisor = self.supervisor
+        if threading.current_thread() is supervisor:  # the garbage collector chose this thread to run the finalizer in
+            threading.Thread(target=self.close, daemon=True).start()
+            return
+        if supervisor.is_alive() and supervisor.failure is None:
+            supervisor.stop()
+            with contextlib.suppress(_RingFull):
+                self.channel.send(("stop",), _refuse)
+        elif supervisor.ident is None:  # never started
+            supervisor.abandon()
+        if supervisor.is_alive():
+            supervisor.join()
+        self._release.close()
+
+
+class _RingFull(Exception):
+    pass
+
+
+def _refuse() -> None:
+    raise _RingFull
+
+
+def _give_up(channel: EngineChannel, group_region: SharedRegion | None) -> Any:
+    def give_up() -> None:
+        channel.abort()
+        if group_region is not None:
+            abort_group(group_region)
+
+    return give_up
+
+
+def _world_for(plan: Plan) -> World | None:
+    """Under torchrun its processes are the ranks, so their number has to be the plan's."""
+    world = torchrun_world(os.environ)
+    if world is None:
+        return None
+    if world.rank != 0:
+        raise InputError(f"the engine runs in torchrun's rank 0, and this is rank {world.rank}: call join_torchrun()")
+    if world.size != plan.size:
+        raise InputError(f"torchrun started {world.size} processes and the plan has {plan.size} ranks; make them equal")
+    return world
+
+
+class ProcessExecutor:
+    """Drives ranks that are processes of their own (`Executor`). Used by one thread at a time.
+
+    factory: "module:callable" that makes each rank's runner; the model's unless a test says otherwise.
+    """
+
+    def __init__(self, factory: str = MODEL_RUNNER) -> None:
+        self._factory = factory
+        self._ranks: _Ranks | None = None
+        self._finalizer: weakref.finalize[..., ProcessExecutor] | None = None
+        self._waiting: deque[StepOutput] = deque()  # results that came while a call waited for its own
+
+    def start(self, plan: Plan, config: EngineConfig, progress: Progress | None = None) -> None:
+        """Raises InputError or DoesNotFit when that is what a rank failed of, else RankFailed; nothing is left then."""
+        if self._ranks is not None:
+            raise RuntimeError("this executor has been started before")
+        ranks = self._ranks = _Ranks(plan, config, self._factory)
+        self._finalizer = weakref.finalize(self, ranks.close)
+        try:
+            ranks.supervisor.start()
+            self._wait_ready(ranks, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_ready(self, ranks: _Ranks, progress: Progress | None) -> None:
+        last = (0, 0)
+
+        def check() -> None:
+            nonlocal last
+            ranks.check()
+            now = ranks.channel.progress()
+            if progress is not None and now != last:
+                last = now
+                progress(*now)
+
+        for rank in range(ranks.size):
+            ranks.channel.receive(rank, check)
+        check()
+
+    def _started(self) -> _Ranks:
+        if self._ranks is None:
+            raise RuntimeError("this executor has not been started")
+        self._ranks.check()
+        return self._ranks
+
+    def submit(self, step: StepInput) -> None:
+        ranks = self._started()
+        ranks.channel.send(("step", step), lambda: self._while_full(ranks))
+
+    def _while_full(self, ranks: _Ranks) -> None:
+        """The ring of steps is full. Rank 0 may be waiting in turn for us to read its results."""
+        ranks.check()
+        while ranks.channel.pending(0):
+            self._waiting.append(ranks.channel.receive(0, ranks.check)[1])
+
+    def collect(self) -> StepOutput:
+        """There must be a submitted step whose result has not been collected."""
+        ranks = self._started()
+        if self._waiting:
+            return self._waiting.popleft()
+        output: StepOutput = ranks.channel.receive(0, ranks.check)[1]
+        return output
+
+    def call(self, method: str, **arguments: Any) -> list[Any]:
+        ranks = self._started()
+        ranks.channel.send(("call", method, arguments), lambda: self._while_full(ranks))
+        values = []
+        for rank in range(ranks.size):
+            kind, value = ranks.channel.receive(rank, ranks.check)
+            while kind == "step":
+                self._waiting.append(value)
+                kind, value = ranks.channel.receive(rank, ranks.check)
+            values.append(value)
+        return values
+
+    def close(self) -> None:
+        if self._ranks is not None:
+            self._ranks.close()
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
