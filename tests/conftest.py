@@ -21,14 +21,10 @@ MODELS = {
 }
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multitensor" / "models"
-
-
 def find_model(name: str) -> Path:
     """The file of a model, its bytes checked; skips the test where there is none."""
     file_name, digest = MODELS[name]
-    folders = [_cache_folder()]
+    folders = [Path.home() / ".cache" / "multitensor" / "models"]
     if os.environ.get("MULTITENSOR_MODELS"):
         folders.insert(0, Path(os.environ["MULTITENSOR_MODELS"]))
     path = next((folder / file_name for folder in folders if (folder / file_name).is_file()), None)

@@ -15,13 +15,20 @@ MIB = 1 << 20
 # NCCL's channels when there is more than one rank. Estimates; to be calibrated by measuring.
 CUDA_CONTEXT_BYTES = 640 * MIB
 NCCL_BYTES = 256 * MIB
-# The caching allocator rounds blocks up and keeps freed ones.
+# torch's caching allocator rounds blocks up and keeps freed ones.
 CUDA_ALLOCATOR_BYTES = 256 * MIB
 # Host memory of a CPU rank: the interpreter and torch.
 CPU_PROCESS_BYTES = 320 * MIB
-# Staging of the loader: device copies of its chunks on a GPU, buffers and the repacker's temporaries on a CPU.
+# Staging of the loader: device copies of its chunks on a GPU; host buffers and the repacker's temporaries on a CPU.
 CUDA_LOADER_BYTES = 4 * 32 * MIB
 CPU_LOADER_BYTES = 32 * MIB
+# Bounds that the kernels keep: scores and gathered keys and values of attention; rows dequantised at a time.
+ATTENTION_BYTES = 160 * MIB
+CUDA_DEQUANTISE_BYTES = 256 * MIB
+CPU_DEQUANTISE_BYTES = 16 * MIB
+# Bounds that sampling and scoring keep, whatever the batch; one follows the other.
+SAMPLING_BYTES = 128 * MIB
+SCORING_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True)
@@ -62,30 +69,31 @@ def kv_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
     return 2 * plan.spec.n_layers * rank.kv_heads.size * plan.spec.head_dim * KV_ELEMENT_BYTES[plan.kv_type]
 
 
-def context_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
-    """What a longer context costs beside its KV: the cosines and sines of every rope (float32), which a rank without
-    attention needs no less, since all ranks are built alike."""
-    del rank
-    return sum(2 * 4 * len(rope.inverse_frequencies) for rope in plan.spec.ropes)
+def context_bytes_per_token(plan: Plan) -> int:
+    """What a longer context costs each rank beside its KV: cosines and sines of every rope (float32), and the tokens
+    that penalties look back at (int32)."""
+    ropes = sum(2 * 4 * len(rope.inverse_frequencies) for rope in plan.spec.ropes)
+    return ropes + 4 * plan.max_num_seqs
 
 
 def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
-    spec, tokens = plan.spec, plan.max_batch_tokens
+    """Everything that is neither weights nor KV. Work is done one phase at a time, so the largest phase counts."""
+    spec, tokens, on_cpu = plan.spec, plan.max_batch_tokens, rank.device.kind == "cpu"
     element = DTYPE_BYTES[plan.dtype]
     attention = (2 * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
     # Residual, normed input, partial sum and one temporary of the hidden state; the widest phase beside them.
     activations = tokens * element * (4 * spec.hidden_size + max(attention, 3 * rank.ffn.size))
-    # Sampling works on the whole vocabulary in float32: gathered logits, sorted copies, probabilities.
-    logits = plan.max_num_seqs * 4 * (rank.vocabulary.size + 4 * spec.vocab_size)
-    if rank.device.kind == "cpu":
-        fixed = {"process": CPU_PROCESS_BYTES, "loader": CPU_LOADER_BYTES}
-    else:
-        nccl = NCCL_BYTES if plan.size > 1 else 0
-        fixed = {
-            "cuda_context": CUDA_CONTEXT_BYTES,
-            "nccl": nccl,
-            "allocator": CUDA_ALLOCATOR_BYTES,
-            "loader": CUDA_LOADER_BYTES,
-        }
-    rope = context_bytes_per_token(plan, rank) * plan.context
-    return {"activations": activations, "logits": logits, "rope": rope, **fixed}
+    # A rank's own logits and those gathered from all ranks, in float32.
+    logits = plan.max_num_seqs * 4 * (rank.vocabulary.size + spec.vocab_size)
+    quantised = any(not tensor.decl.info.type.is_float for tensor in plan.tensors.values())
+    dequantise = (CPU_DEQUANTISE_BYTES if on_cpu else CUDA_DEQUANTISE_BYTES) if quantised else 0
+    parts = {
+        "activations": activations,
+        "context": context_bytes_per_token(plan) * plan.context,
+        "scratch": max(ATTENTION_BYTES, dequantise, logits + SAMPLING_BYTES, SCORING_BYTES),
+        "loader": CPU_LOADER_BYTES if on_cpu else CUDA_LOADER_BYTES,
+    }
+    if on_cpu:
+        return {**parts, "process": CPU_PROCESS_BYTES}
+    nccl = NCCL_BYTES if plan.size > 1 else 0
+    return {**parts, "cuda_context": CUDA_CONTEXT_BYTES, "nccl": nccl, "allocator": CUDA_ALLOCATOR_BYTES}

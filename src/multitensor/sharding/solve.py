@@ -161,7 +161,7 @@ def _tokens_that_fit(plan: Plan, *, contexts: bool) -> int:
     alone when the context stands."""
     room = []
     for rank, memory in zip(plan.ranks, device_memory(plan), strict=True):
-        per_context = context_bytes_per_token(plan, rank) if contexts else 0
+        per_context = context_bytes_per_token(plan) if contexts else 0
         free = rank.device.capacity_bytes - (memory.total - memory.kv - per_context * plan.context)
         per_token = kv_bytes_per_token(plan, rank) + per_context
         if per_token:
