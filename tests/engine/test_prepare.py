@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import write_gguf
 
 from multitensor.config import parse_devices
 from multitensor.engine.prepare import prepare
 from multitensor.errors import DoesNotFit, InputError
+from synthetic import write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pickle
@@ -83,7 +84,7 @@ def exact_shares(total: int, ratio: tuple[float, ...]) -> list[Fraction]:
 def check_axis(slices: list[Slice], total: int, unit: int, ratio: tuple[float, ...]) -> None:
     """Contiguous in rank order, whole, at legal points, and within one unit of the exact share."""
     assert slices[0].start == 0 and slices[-1].stop == total
-    assert all(left.stop == right.start for left, right in zip(slices, slices[1:], strict=False))
+    assert all(left.stop == right.start for left, right in itertools.pairwise(slices))
     assert all(part.start % unit == 0 or part.start == total for part in slices)
     for part, share, weight in zip(slices, exact_shares(total, ratio), ratio, strict=True):
         assert abs(part.size - share) < unit

@@ -165,9 +165,9 @@ def test_types_follow_the_device_the_weights_and_what_was_asked(
 
 
 def test_unknown_types_are_refused_with_the_list() -> None:
-    with pytest.raises(InputError, match="'int3'.*float32, float16, bfloat16"):
+    with pytest.raises(InputError, match=r"'int3'.*float32, float16, bfloat16"):
         plan_of(fake_spec(), 8 * GB, dtype="int3")
-    with pytest.raises(InputError, match="'q3'.*f32, f16, bf16"):
+    with pytest.raises(InputError, match=r"'q3'.*f32, f16, bf16"):
         plan_of(fake_spec(), 8 * GB, kv_type="q3")
 
 

@@ -37,7 +37,9 @@ class Fields:
 
     def number(self, name: str, default: float | None = None, *, minimum: float | None = None) -> float:
         """A finite number; without a default the key is required. Raises InputError."""
-        value = self.raw(name)
+        return self._number(name, self.raw(name), default, minimum)
+
+    def _number(self, name: str, value: Any, default: float | None, minimum: float | None) -> float:
         if value is None:
             if default is None:
                 raise self.error(name, "is missing; the file does not describe its model")
@@ -58,9 +60,7 @@ class Fields:
             if not value or any(item != value[0] for item in value):
                 raise self.error(name, "differs from layer to layer, which is not supported yet")
             value = value[0]
-        number = Fields({name: value}, "", f"{self._where}: {self._prefix}".rstrip(": ")).number(
-            name, default, minimum=minimum
-        )
+        number = self._number(name, value, default, minimum)
         if number != int(number):
             raise self.error(name, f"is {number}; a whole number was expected")
         return int(number)
