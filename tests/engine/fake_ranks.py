@@ -40,7 +40,9 @@ def next_score(context: list[int], following: int, top: int) -> tuple[list[int],
     return best, [-float(k) for k in range(top)], after
 
 
-def oracle(prompt: list[int], params: SamplingParams, *, context: int, engine_seed: int = 0, number: int = 0) -> list[list[int]]:
+def oracle(
+    prompt: list[int], params: SamplingParams, *, context: int, engine_seed: int = 0, number: int = 0
+) -> list[list[int]]:
     """Output ids of every continuation, one token at a time, nothing batched."""
     seed = derive_seed(0, params.seed) if params.seed is not None else derive_seed(1, engine_seed, number)
     limit = context - len(prompt)
@@ -159,7 +161,13 @@ class FakeTokenizer:
     def token_bytes(self, token: int) -> bytes:
         if token == EOS:
             return b"</s>"
-        return b"<s>" if token == self.bos_id else chr(ord("a") + token - 1).encode() if token <= 26 else b"%d" % (token % 10)
+        return (
+            b"<s>"
+            if token == self.bos_id
+            else chr(ord("a") + token - 1).encode()
+            if token <= 26
+            else b"%d" % (token % 10)
+        )
 
     def encode(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         ids = [ord(c) - ord("a") + 1 for c in text]

@@ -67,6 +67,13 @@ def check_nothing_leaked(engine: Engine) -> None:
     assert not engine._owners and not engine._requests
 
 
+def check_first_come_first_served(engine: Engine) -> None:
+    scheduler = engine._scheduler
+    owners = [engine._owners[sequence] for sequence in (*scheduler.running, *scheduler.waiting)]
+    order = [(int(owner[0].request_id), owner[1].index) for owner in owners if isinstance(owner, tuple)]
+    assert order == sorted(order)
+
+
 @settings(max_examples=150, deadline=None)
 @given(cases=CASES, sizes=SIZES)
 def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], sizes: dict) -> None:
@@ -80,6 +87,7 @@ def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], si
             if number in requests and case.cancelled == step:
                 engine.cancel(requests[number])
         engine.step()
+        check_first_come_first_served(engine)
         if len(requests) == len(cases) and all(request.finished for request in requests.values()):
             break
     assert len(requests) == len(cases)
@@ -139,6 +147,30 @@ def test_the_pool_running_dry_preempts_the_youngest_and_changes_no_text() -> Non
         assert [o.token_ids for o in request.output().outputs] == oracle(prompt, params, context=40, number=number)
     assert sum(len(step.setups) for step in executor.steps) == 4  # a preempted sequence keeps its slot and history
     check_nothing_leaked(engine)
+
+
+def test_a_preempted_score_is_taken_up_again_without_doubles() -> None:
+    engine, executor = make_engine(context=40, n_blocks=40, block_size=1, max_batch_tokens=4)
+    older = engine.add_request([5], SamplingParams(max_tokens=None, ignore_eos=True))
+    ids = [i % VOCAB for i in range(38)]
+    scored = engine.add_score(ids, 2)
+    engine.run([older, scored])
+    assert engine.stats.preemptions > 0
+    assert sum(int(step.query_lens[step.score_top > 0].sum()) for step in executor.steps) > len(ids)
+    wanted = [next_score(ids[: i + 1], ids[i + 1] if i + 1 < len(ids) else -1, 2) for i in range(len(ids))]
+    assert [(s.top_ids, s.top_logprobs, s.next_logprob) for s in scored.scores()] == wanted
+
+
+def test_the_preempted_come_before_those_who_never_ran() -> None:
+    engine, _ = make_engine(context=40, n_blocks=11, block_size=4, max_num_seqs=8, max_batch_tokens=64)
+    params = SamplingParams(temperature=1.0, max_tokens=25, ignore_eos=True)
+    requests = [engine.add_request([i + 1] * 8, params) for i in range(7)]
+    finished: list[str] = []
+    while engine.has_unfinished:
+        finished += [request.request_id for request in engine.step() if request.finished]
+        check_first_come_first_served(engine)
+    assert engine.stats.preemptions > 0
+    assert finished == [request.request_id for request in requests]
 
 
 def test_one_step_runs_ahead_and_nothing_is_computed_beyond_the_limit() -> None:
