@@ -135,14 +135,20 @@ def random_bytes(kind: str, inputs: int, count: int, generator: np.random.Genera
     deviation = inputs**-0.5
     if kind in ("F16", "BF16"):
         values = generator.standard_normal(count // 2, dtype=np.float32) * np.float32(deviation)
-        bits = values.astype(np.float16).view(np.uint16) if kind == "F16" else (values.view(np.uint32) >> 16).astype(np.uint16)
+        bits = (
+            values.astype(np.float16).view(np.uint16)
+            if kind == "F16"
+            else (values.view(np.uint32) >> 16).astype(np.uint16)
+        )
         return bits.view(np.uint8)
     weights, nbytes, fields = BLOCKS[kind]
     del weights
     blocks = generator.integers(0, 256, (count // nbytes, nbytes), dtype=np.uint8)
     for at, factor in fields:
         spread = generator.uniform(0.8, 1.2, len(blocks)).astype(np.float32)
-        blocks[:, at : at + 2] = (spread * np.float32(factor * deviation)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        blocks[:, at : at + 2] = (
+            (spread * np.float32(factor * deviation)).astype(np.float16).view(np.uint8).reshape(-1, 2)
+        )
     return blocks.reshape(-1)
 
 
@@ -154,7 +160,9 @@ def fill(path: Path, placed: list[tuple[str, tuple[int, ...], str, int]], thread
     for _, dims, kind, _ in placed:
         if kind != "F32" and (kind, dims[1]) not in pools:
             block = BLOCKS[kind][1]
-            pools[kind, dims[1]] = random_bytes(kind, dims[1], (64 << 20) // block * block, np.random.default_rng(len(pools)))
+            pools[kind, dims[1]] = random_bytes(
+                kind, dims[1], (64 << 20) // block * block, np.random.default_rng(len(pools))
+            )
 
     def one(job: tuple[int, tuple[str, tuple[int, ...], str, int]]) -> None:
         number, (_, dims, kind, offset) = job

