@@ -184,6 +184,15 @@ def test_the_last_share_below_one_stays_inside_what_is_kept() -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("changes", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}])
+def test_broken_logits_do_not_lead_out_of_the_vocabulary(device: str, changes: dict) -> None:
+    sampler = Sampler(1, 10, 64, torch.device(device))
+    sampler.admit(setup(**changes))
+    logits = torch.full((1, 10), torch.nan, device=device)
+    assert 0 <= sampler.sample(logits, np.array([0]), np.array([0.99]))[0].item() < 10
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logprobs_are_the_models_own(device: str, temperature: float) -> None:
     random = np.random.default_rng(3)

@@ -10,6 +10,7 @@ What differs from vLLM's `LLM`, beside what engine/request.py says:
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,7 @@ class LLM:
     dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16".
     seed: of requests that have none of their own.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
+    Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """
 
     def __init__(
@@ -107,8 +109,14 @@ class LLM:
     def _start(self, model: str | Path, *, progress: Progress | None, **settings: Any) -> None:
         from multitensor.engine.prepare import prepare
         from multitensor.engine.process_executor import ProcessExecutor
+        from multitensor.engine.torchrun import torchrun_world
         from multitensor.formats.tokenizer import load_tokenizer
 
+        world = torchrun_world(os.environ)
+        if world is not None and world.rank > 0:
+            from multitensor.engine.worker import join_torchrun
+
+            join_torchrun()
         prepared = prepare(model, **settings)
         tokenizer = load_tokenizer(prepared.checkpoint)
         executor = ProcessExecutor()

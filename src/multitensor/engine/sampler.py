@@ -166,37 +166,39 @@ class Sampler:
             rows = self._indices(filtered)
             kept = x[rows]
             x[rows] = torch.where(kept >= self._threshold(kept, slots[filtered]), kept, -torch.inf)
-        cumulative = _weights(x).cumsum(-1)
-        total = cumulative[:, -1:]
-        share = self._to_device(uniforms.astype(np.float64)).unsqueeze(1)
-        target = torch.minimum((share * total.double()).long(), total - 1)  # the product may round up to the total
-        ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-        return ids.clamp_(max=logits.shape[-1] - 1)  # NaN logits must not lead out of the vocabulary
+        shares = self._to_device(uniforms.astype(np.float64)).unsqueeze(1)
+        if x.device.type == "cpu" and len(filtered) == len(slots):
+            return torch.cat([_draw_kept(x[row], shares[row : row + 1]) for row in range(len(slots))])
+        return _draw_from(x, shares)
 
     def _threshold(self, x: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """The least value that top-k and top-p keep, float32 [R, 1]. x: scaled logits <= 0, -inf where dropped."""
         top_k = self._top_k[slots]
         candidates = x.shape[-1]
-        if (top_k > 0).all():
+        all_k = bool((top_k > 0).all())
+        if all_k:
             candidates = int(top_k.max())
         elif x.device.type == "cpu":
             candidates = min(candidates, max(int(top_k.max()), _TOP_P_CANDIDATES))
-        total = _weights(x).sum(-1, keepdim=True)
+        total = None if all_k else _weights(x).sum(-1, keepdim=True)
         threshold, reached = self._cut(_largest(x, candidates), total, slots)
         if x.device.type == "cpu" and not reached.all():
             threshold, _ = self._cut(_largest(x, x.shape[-1]), total, slots)
         return threshold
 
-    def _cut(self, values: torch.Tensor, total: torch.Tensor, slots: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """values: the largest of each row, descending. Returns the least value in the smallest set whose mass reaches
-        top_p of the mass that top-k leaves (float32 [R, 1]), and whether `values` reach that far."""
+    def _cut(
+        self, values: torch.Tensor, total: torch.Tensor | None, slots: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """values: the largest of each row, descending. total: mass of the whole row, None where every row has a top-k.
+        Returns the least value in the smallest set whose mass reaches top_p of the mass that top-k leaves (float32
+        [R, 1]), and whether `values` reach that far."""
         width = values.shape[1]
         top_k = self._to_device(self._top_k[slots]).unsqueeze(1)
         has_k = top_k > 0
         last = torch.where(has_k, top_k, width) - 1  # the last place that top-k leaves
         place = torch.arange(width, device=self.device)
         mass = torch.where(place <= last, _weights(values), 0).cumsum(-1)
-        total = torch.where(has_k, mass[:, -1:], total)
+        total = mass[:, -1:] if total is None else torch.where(has_k, mass[:, -1:], total)
         top_p = self._column("top_p", slots).double()
         wanted = torch.minimum(torch.ceil(top_p * total.double()).long(), total)
         first = torch.searchsorted(mass, wanted)  # the first place where mass >= wanted
@@ -247,6 +249,23 @@ class Sampler:
 def _weights(x: torch.Tensor) -> torch.Tensor:
     """exp(x) in units of 2**-40, as int64, so that sums do not depend on their order. x <= 0."""
     return torch.round(torch.exp(x.double()) * _WEIGHT_ONE).long()
+
+
+def _draw_from(x: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The place in each row where the cumulative weight passes that share of the whole; [R, n], [R, 1] -> int64 [R]."""
+    cumulative = _weights(x).cumsum(-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum((shares * total.double()).long(), total - 1)  # the product may round up to the total
+    places = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return places.clamp_(max=x.shape[-1] - 1)  # NaN logits must not lead out of the vocabulary
+
+
+def _draw_kept(x: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The same for one row [n] of which few are kept, without the exponentials of the others; waits for the device."""
+    kept = torch.nonzero(x > -torch.inf).squeeze(1)
+    if len(kept) == 0:  # all NaN
+        return kept.new_zeros(1)
+    return kept[_draw_from(x[kept].unsqueeze(0), share)]
 
 
 def _largest(x: torch.Tensor, count: int) -> torch.Tensor:
