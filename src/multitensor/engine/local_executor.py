@@ -133,7 +133,7 @@ class LocalExecutor:
         return values
 
     def close(self) -> None:
-        """A rank that does not return from its step within seconds is left to end by itself: threads cannot be killed."""
+        """Threads cannot be killed: one that does not return from its step within seconds is left to end by itself."""
         threads, self._threads = self._threads, []
         for port in self._ports:
             port.messages.put(("stop",))

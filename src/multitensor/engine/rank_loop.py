@@ -1,7 +1,7 @@
 """What every rank does, thread or process: make the runner, load, then serve the engine's messages.
 
-Messages: ("step", StepInput), ("call", method, arguments), ("stop",). Answers: ("ready",) once, then ("step", StepOutput)
-from rank 0 alone and ("call", value) from all. Imported by ranks only: it imports torch.
+Messages: ("step", StepInput), ("call", method, arguments), ("stop",). Answers: ("ready",) once, then
+("step", StepOutput) from rank 0 alone and ("call", value) from all. Imported by ranks only: it imports torch.
 """
 
 from __future__ import annotations

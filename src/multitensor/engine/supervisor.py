@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from multitensor.engine import torchrun
-from multitensor.engine.bootstrap import Failure
+from multitensor.engine.bootstrap import Failure, rank_environment
 
 _GRACE = 0.5  # seconds that ranks have to end by themselves after "stop"
 _LOG_BYTES = 8192
@@ -136,9 +136,7 @@ class Supervisor(threading.Thread):
         """The engine's, less torchrun's variables, and able to import what the engine can, installed or not."""
         environment = {k: v for k, v in os.environ.items() if k not in _MINE and not k.startswith("TORCHELASTIC_")}
         environment["PYTHONPATH"] = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-        environment["OMP_NUM_THREADS"] = str(self._launch.cpu_threads)
-        environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # NVML's numbering, which the plan's devices have
-        return environment
+        return environment | rank_environment(environment, self._launch.cpu_threads)
 
     def _add(self, rank: _Rank) -> None:
         self._ranks.append(rank)

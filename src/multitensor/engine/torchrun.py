@@ -41,9 +41,7 @@ def torchrun_world(environ: Mapping[str, str]) -> World | None:
         return None
     local = environ.get("LOCAL_WORLD_SIZE", str(size))
     if local != str(size):
-        raise InputError(
-            f"torchrun started {size} processes, {local} of them here: several hosts are not supported yet"
-        )
+        raise InputError(f"torchrun started {size} processes, {local} of them here: only one host is supported yet")
     launch = [environ.get(name, "") for name in ("MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
     # Unix socket names end at 107 bytes; the port alone tells launches of one moment apart.
     return World(rank, size, f"\0multitensor-{os.getuid()}-{'-'.join(launch)}"[:100])
@@ -128,7 +126,7 @@ def _find_rank_zero() -> tuple[int, str] | None:
 
 
 def _stat(pid: int) -> list[str]:
-    """/proc/PID/stat from its third field on: state, parent, ..., start time at 19 (Linux man page proc_pid_stat(5))."""
+    """/proc/PID/stat from its third field on: state, parent, ..., start time at 19 (man page proc_pid_stat(5))."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 

@@ -1,5 +1,7 @@
-"""One rank in a process of its own: `python -m multitensor.engine.worker RANK ENGINE_PID CONTROL BOOTSTRAP CHANNEL GROUP`
-(numbers of inherited file descriptors), started by the engine; or a process that torchrun started.
+"""One rank in a process of its own, started by the engine, or one that torchrun started.
+
+`python -m multitensor.engine.worker RANK ENGINE_PID CONTROL BOOTSTRAP CHANNEL GROUP`, the last four being numbers of
+inherited file descriptors.
 
 torch is imported only after the process is safe: bound to the engine's life and deaf to Ctrl-C.
 """
@@ -16,7 +18,7 @@ import threading
 import traceback
 from typing import TYPE_CHECKING, NoReturn
 
-from multitensor.engine.bootstrap import Bootstrap, describe_failure, device_kind
+from multitensor.engine.bootstrap import Bootstrap, describe_failure, device_kind, rank_environment
 from multitensor.engine.torchrun import knock, torchrun_world
 from multitensor.errors import MultitensorError
 from multitensor.parallel.group_region import abort_group
@@ -64,13 +66,12 @@ def join_torchrun() -> NoReturn:
         os.dup2(log, 1)
         os.dup2(log, 2)
     os.close(log)
-    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     _run(world.rank, connection, bootstrap, channel, group)
 
 
 def _run(rank: int, control: socket.socket, bootstrap_fd: int, channel_fd: int, group_fd: int) -> NoReturn:
-    """Serves until the engine says stop. On failure: first the report, then the others are told to stop waiting, so that
-    the engine reads the cause before its consequences."""
+    """Serves until the engine says stop. On failure: first the report, then the others are told to stop waiting, so
+    that the engine reads the cause before its consequences."""
     threading.Thread(target=_end_with_engine, args=(control,), daemon=True).start()
     device_name, debug, cpu_group = "?", False, False
     try:
@@ -79,7 +80,7 @@ def _run(rank: int, control: socket.socket, bootstrap_fd: int, channel_fd: int, 
         plan, debug = bootstrap.plan, bootstrap.debug
         device_name = plan.ranks[rank].device.name
         cpu_group = plan.size > 1 and device_kind(plan) == "cpu"
-        os.environ["OMP_NUM_THREADS"] = str(bootstrap.cpu_threads)
+        os.environ.update(rank_environment(os.environ, bootstrap.cpu_threads))
         port = RankChannel(SharedRegion(channel_fd), rank)
         _serve(bootstrap, rank, group_fd, port)
     except BaseException as error:

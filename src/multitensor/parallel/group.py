@@ -42,7 +42,7 @@ class Group(ABC):
         """Returns on every rank once all ranks have called it."""
 
     def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
-        """Makes every other rank's pending and future calls raise RankFailed, where the backend can; returns at once."""
+        """Makes every other rank's pending and future calls raise RankFailed, where the backend can. Does not wait."""
 
     def close(self) -> None:  # noqa: B027 - most groups hold nothing
         """Release what the group holds; safe to call twice."""
@@ -87,7 +87,7 @@ class SingleGroup(Group):
 
 
 def check_gather(x: torch.Tensor, sizes: Sequence[int], rank: int, size: int) -> None:
-    """Raises ValueError unless x is [T, sizes[rank]] and there is one size a rank: a mismatch would corrupt silently."""
+    """Raises ValueError unless x is [T, sizes[rank]], with one size a rank: a mismatch would corrupt silently."""
     if len(sizes) != size or x.dim() != 2 or x.shape[1] != sizes[rank]:
         raise ValueError(f"rank {rank} of {size} gathers {tuple(x.shape)} where sizes are {tuple(sizes)}")
 

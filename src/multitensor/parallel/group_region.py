@@ -1,6 +1,6 @@
 """The layout of the shared memory in which CPU ranks reduce (never imports torch: the engine creates it).
 
-line 0                  abort word (uint32, at offset 0), number of ranks (offset 4), bytes a slot (uint64, offset 8)
+line 0                  abort word (uint32, at 0), number of ranks (uint32, at 4), bytes a slot (uint64, at 8)
 line 1                  counter (uint32): the last phase that all ranks have finished writing
 line 2 + r              rank r's counter (uint32): how many phases of collectives it has finished writing
 page-aligned, 2 a rank  slots: rank r's contribution, used in turn

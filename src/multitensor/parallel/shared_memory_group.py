@@ -1,9 +1,10 @@
 """CPU ranks as processes that reduce through shared memory.
 
-Every rank owns two slots, used in turn, and a counter. A collective is: copy my part into my slot, count up, wait until
-all counters have come that far, read the others' slots. A rank can be at most one collective ahead of the slowest, and
-then writes into the other slot, so nobody needs to say "I have read". Sums are taken in rank order in float32, each rank
-for itself, so all hold the same bits. Above a size, ranks sum one share each and read the others' sums: less to read.
+Every rank owns two slots, used in turn, and a counter. A collective is: copy my part into my slot, count up, wait
+until all counters have come that far, read the others' slots. A rank can be at most one collective ahead of the
+slowest, and then writes into the other slot, so nobody needs to say "I have read". Sums are taken in rank order in
+float32, each rank for itself, so all hold the same bits. Above a size, ranks sum one share each and read the others'
+sums: less to read.
 """
 
 from __future__ import annotations

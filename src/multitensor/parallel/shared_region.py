@@ -6,6 +6,7 @@ last process that holds it is gone, however it went, the kernel frees it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -49,10 +50,8 @@ class SharedRegion:
         for view in self._views:
             view.release()
         self._views.clear()
-        try:
+        with contextlib.suppress(BufferError):
             self.map.close()
-        except BufferError:
-            pass
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1

@@ -1,11 +1,12 @@
 """Ranks on GPUs: torch.distributed with NCCL, or gloo (through host memory) where this torch has no NCCL.
 
-NCCL gives all ranks of one reduction the same bits (its rings and trees compute each element once and hand it on), in an
-order of its own. NVLink multicast stays off: it reduces inside the switch, and is not available everywhere.
+NCCL gives all ranks of one reduction the same bits (its rings and trees compute each element once and hand it on), in
+an order of its own. NVLink multicast stays off: it reduces inside the switch, and is not available everywhere.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import pickle
 from collections.abc import Sequence
@@ -96,9 +97,11 @@ class TorchGroup(Group):
     def gather_objects(self, value: object) -> list[object]:
         """Through the store, so that no device memory is touched."""
         self._gathers += 1
-        self._store.set(f"objects/{self._gathers}/{self.rank}", pickle.dumps(value))
+        text = base64.b64encode(pickle.dumps(value)).decode()
+        self._store.set(f"objects/{self._gathers}/{self.rank}", text)
         # Written by our own ranks: unpickling gives nobody new rights.
-        return [pickle.loads(self._store.get(f"objects/{self._gathers}/{r}")) for r in range(self.size)]
+        texts = [self._store.get(f"objects/{self._gathers}/{r}") for r in range(self.size)]
+        return [pickle.loads(base64.b64decode(text)) for text in texts]
 
     def barrier(self) -> None:
         self.all_reduce(torch.zeros(1, device=self.device if self.backend == "nccl" else "cpu"))
