@@ -1,0 +1,98 @@
+"""The Python API over a real decoder of random weights, cut over two ranks that are threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multitensor import LLM, SamplingParams
+from multitensor.engine.local_executor import LocalExecutor
+from multitensor.engine.prepare import prepare
+from synthetic import write_gguf
+
+PROMPTS = [[1, 5, 9, 200, 31], [7] * 23, [11, 250, 3], list(range(40, 80))]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    write_gguf(
+        path,
+        "llama",
+        hidden=64,
+        ffn=96,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        head_dim=16,
+        vocab=256,
+        types="F32",
+        seed=3,
+        context=256,
+    )
+    return path
+
+
+def open_local(path: Path, **settings: Any) -> LLM:
+    prepared = prepare(path, devices="cpu:2", dtype="float32", kv_type="f32", max_model_len=128, **settings)
+    executor = LocalExecutor()
+    executor.start(prepared.plan, prepared.config)
+    return LLM._from_executor(executor, prepared.plan, prepared.config, None, prepared.checkpoint)
+
+
+@pytest.fixture(scope="module")
+def llm(model: Path) -> Iterator[LLM]:
+    with open_local(model) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(temperature=0.0, max_tokens=16),
+        SamplingParams(temperature=1.0, top_p=0.9, top_k=50, seed=1, max_tokens=16),
+        SamplingParams(temperature=0.8, repetition_penalty=1.3, frequency_penalty=0.4, seed=2, max_tokens=16),
+    ],
+)
+def test_batches_chunks_and_slots_change_no_token(llm: LLM, model: Path, params: SamplingParams) -> None:
+    together = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, params)]
+    alone = [llm.generate(prompt, params)[0].outputs[0].token_ids for prompt in PROMPTS]
+    assert together == alone
+    with open_local(model, max_num_seqs=2, max_batch_tokens=7, block_size=4) as small:
+        assert [output.outputs[0].token_ids for output in small.generate(PROMPTS, params)] == together
+
+
+def test_log_probabilities_of_sampling_and_scoring_agree(llm: LLM) -> None:
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=12, logprobs=3)
+    output = llm.generate(PROMPTS[0], params)[0]
+    done = output.outputs[0]
+    scores = llm.score([*output.prompt_token_ids, *done.token_ids], top=3)
+    assert done.logprobs is not None
+    for i, (token, entry) in enumerate(zip(done.token_ids, done.logprobs, strict=True)):
+        score = scores[len(output.prompt_token_ids) - 1 + i]
+        assert score.next_logprob == pytest.approx(entry[token].logprob, abs=1e-4)
+        assert score.top_logprobs[0] == pytest.approx(max(e.logprob for e in entry.values()), abs=1e-4)
+
+
+def test_penalties_reach_the_tokens(llm: LLM) -> None:
+    plain = llm.generate(PROMPTS[1], SamplingParams(temperature=0.0, max_tokens=40))[0].outputs[0].token_ids
+    strict = SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=2.0, presence_penalty=2.0)
+    penalised = llm.generate(PROMPTS[1], strict)[0].outputs[0].token_ids
+    assert len(set(penalised)) > len(set(plain))
+    forced = llm.generate(PROMPTS[1], SamplingParams(temperature=0.0, max_tokens=3, logit_bias={77: 100.0}))
+    assert forced[0].outputs[0].token_ids == [77, 77, 77]
+
+
+def test_cancelling_midway_leaves_others_alone(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=30)
+    wanted = llm.generate(PROMPTS[2], params)[0].outputs[0].token_ids
+    doomed, kept = llm.stream(PROMPTS[3], params), llm.stream(PROMPTS[2], params)
+    next(kept)
+    for _ in range(5):
+        next(doomed)
+    doomed.close()
+    *_, last = kept
+    assert last.outputs[0].token_ids == wanted
