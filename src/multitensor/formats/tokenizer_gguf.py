@@ -1,0 +1,227 @@
+"""The tokenizer that a GGUF file's metadata describes (layer 1). Facts: llama.cpp's `llama-vocab.cpp`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tokenizers import Regex, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Pipeline
+from tokenizers.models import BPE
+
+from multitensor.errors import InputError
+from multitensor.formats.checkpoint import Checkpoint
+from multitensor.formats.detokenizer import SPACE_MARK, TokenKind, byte_of
+from multitensor.formats.pretokenizers import DEFAULT, PreTokenizer, find_pre_tokenizer
+from multitensor.formats.spm import ScoreMerger
+from multitensor.formats.vocabulary import (
+    UNMISTAKABLE_END_NAMES,
+    Encoder,
+    Part,
+    TokenSplitter,
+    Traits,
+    Vocabulary,
+    clean,
+    end_ids,
+)
+
+_KEY = "tokenizer.ggml."
+_BPE_MODELS = ("gpt2", "gemma4")
+_SPM_MODEL = "llama"
+
+
+class PartsEncoder:
+    """Cuts out tokens that match by name, then encodes what lies between.
+
+    plain: ids of a text without such tokens. prefix_space: such a text gets a space in front when it begins the prompt
+    or follows a token cut out.
+    """
+
+    def __init__(
+        self,
+        plain: Callable[[str], list[int]],
+        always: TokenSplitter,
+        all_tokens: TokenSplitter,
+        prefix_space: bool,
+    ) -> None:
+        self._plain = plain
+        self._always = always
+        self._all = all_tokens
+        self._prefix_space = prefix_space
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return self._join((self._all if special else self._always).split(text))
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        return self._join(
+            [piece for part in parts for piece in ([part] if isinstance(part, int) else self._always.split(part))]
+        )
+
+    def _join(self, parts: Sequence[Part]) -> list[int]:
+        ids: list[int] = []
+        fresh = True
+        for part in parts:
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self._plain(" " + part if fresh and self._prefix_space else part)
+            fresh = isinstance(part, int)
+        return ids
+
+
+def read_gguf(checkpoint: Checkpoint) -> tuple[Vocabulary, Traits, Encoder] | None:
+    """The parts of the tokenizer, or None without a vocabulary. Raises InputError for unsupported or broken ones."""
+    metadata = checkpoint.metadata
+    model = metadata.get(_KEY + "model")
+    if model in (None, "none", "no_vocab") or _KEY + "tokens" not in metadata:
+        return None
+    if model not in (*_BPE_MODELS, _SPM_MODEL):
+        raise InputError(
+            f"{checkpoint.path.name}: tokenizer model {model!r} is not supported; known are gpt2, gemma4 and llama"
+            " (pass token ids instead of text)"
+        )
+    vocabulary = _vocabulary(checkpoint, byte_level=model == "gpt2")
+    if model == _SPM_MODEL:
+        return _spm(checkpoint, vocabulary)
+    return _bpe(checkpoint, vocabulary, model)
+
+
+def _vocabulary(checkpoint: Checkpoint, byte_level: bool) -> Vocabulary:
+    texts = [clean(text) or f"[EMPTY_{i}]" for i, text in enumerate(checkpoint.metadata[_KEY + "tokens"])]
+    kinds = [int(kind) for kind in checkpoint.metadata.get(_KEY + "token_type", ())] or [int(TokenKind.NORMAL)] * len(
+        texts
+    )
+    if len(kinds) < len(texts):
+        raise InputError(
+            f"{checkpoint.path.name}: {_KEY}token_type has {len(kinds)} entries for {len(texts)} tokens;"
+            " the file is broken"
+        )
+    known = set(UNMISTAKABLE_END_NAMES)
+    kinds = [int(TokenKind.CONTROL) if text in known else kind for text, kind in zip(texts, kinds, strict=False)]
+    return Vocabulary(texts, kinds, byte_level)
+
+
+def _spm(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[Vocabulary, Traits, Encoder]:
+    metadata = checkpoint.metadata
+    scores = list(metadata.get(_KEY + "scores", ()))
+    if len(scores) < len(vocabulary.texts):
+        raise InputError(
+            f"{checkpoint.path.name}: {_KEY}scores has {len(scores)} entries for {len(vocabulary.texts)} tokens;"
+            " the file is broken"
+        )
+    mergeable = (TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED)
+    pieces = {
+        text: (float(score), i)
+        for i, (text, kind, score) in enumerate(zip(vocabulary.texts, vocabulary.kinds, scores, strict=False))
+        if kind in mergeable
+    }
+    by_byte = {byte_of(text): i for text, i in vocabulary.named((TokenKind.BYTE,))}
+    byte_ids = [by_byte.get(bytes([byte])) for byte in range(256)]
+    prefix_space = bool(metadata.get(_KEY + "add_space_prefix", True))
+    traits = _traits(metadata, vocabulary, {"bos": 1, "eos": 2, "unknown": 0}, add_bos=True, strip_space=prefix_space)
+    merger = ScoreMerger(pieces, byte_ids, _id(metadata, "unknown", len(vocabulary.texts), 0))
+    return vocabulary, traits, _encoder(checkpoint, vocabulary, merger, prefix_space)
+
+
+def _bpe(checkpoint: Checkpoint, vocabulary: Vocabulary, model: str) -> tuple[Vocabulary, Traits, Encoder]:
+    metadata = checkpoint.metadata
+    name = "gemma4" if model == "gemma4" else str(metadata.get(_KEY + "pre") or "")
+    kind = find_pre_tokenizer(name or DEFAULT)
+    warnings: tuple[str, ...] = ()
+    if kind is None or not name:
+        kind = kind or find_pre_tokenizer(DEFAULT)
+        said = f"pre-tokenizer {name!r} is unknown" if name else "the file names no pre-tokenizer"
+        warnings = (f"{checkpoint.path.name}: {said}; using {DEFAULT!r}, so token ids may differ from the model's own",)
+    assert kind is not None  # the default is in the table
+    if not kind.byte_level:
+        vocabulary = Vocabulary(vocabulary.texts, vocabulary.kinds, byte_level=False)
+    pipeline = _bpe_pipeline(checkpoint, vocabulary, kind)
+    prefix_space = bool(metadata.get(_KEY + "add_space_prefix", False)) and not kind.byte_level
+    traits = _traits(metadata, vocabulary, {}, add_bos=kind.add_bos, strip_space=prefix_space, warnings=warnings)
+
+    def plain(text: str) -> list[int]:
+        return pipeline.encode(text, add_special_tokens=False).ids
+
+    return vocabulary, traits, _encoder(checkpoint, vocabulary, plain, prefix_space)
+
+
+def _bpe_pipeline(checkpoint: Checkpoint, vocabulary: Vocabulary, kind: PreTokenizer) -> Pipeline:
+    """BPE over the tokens that text may become; merges that name another token are left out."""
+    hidden = (TokenKind.CONTROL, TokenKind.UNKNOWN)
+    known = {text: i for i, text in enumerate(vocabulary.texts) if vocabulary.kinds[i] not in hidden}
+    lines = checkpoint.metadata.get(_KEY + "merges")
+    if lines is None:
+        raise InputError(
+            f"{checkpoint.path.name}: {_KEY}merges is missing; the file is broken or needs converting anew"
+        )
+    merges = []
+    for line in lines:
+        cut = line.find(" ", 1)
+        left, right = line[:cut], line[cut + 1 :]
+        if cut > 0 and left in known and right in known and left + right in known:
+            merges.append((left, right))
+    pipeline = Pipeline(BPE(known, merges, ignore_merges=kind.ignore_merges, byte_fallback=not kind.byte_level))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    if kind.byte_level:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    else:
+        pipeline.normalizer = normalizers.Replace(" ", SPACE_MARK)
+    pipeline.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    return pipeline
+
+
+def _encoder(
+    checkpoint: Checkpoint, vocabulary: Vocabulary, plain: Callable[[str], list[int]], prefix_space: bool
+) -> PartsEncoder:
+    user_defined = vocabulary.named((TokenKind.USER_DEFINED,))
+    hidden = vocabulary.named((TokenKind.CONTROL, TokenKind.UNKNOWN))
+    strip_after: frozenset[int] = frozenset()
+    if any(name in str(checkpoint.metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3")):
+        # Phi-3's own tokenizer says so of its special tokens; GGUF has no field for it, so llama.cpp goes by name too
+        kept = ("<unk>", "<s>", "<|endoftext|>")
+        strip_after = frozenset(i for text, i in user_defined + hidden if text not in kept)
+    both = sorted(user_defined + hidden, key=lambda entry: entry[1])
+    return PartsEncoder(plain, TokenSplitter(user_defined, strip_after), TokenSplitter(both, strip_after), prefix_space)
+
+
+def _id(metadata: Mapping[str, Any], name: str, size: int, default: int | None = None) -> int | None:
+    value = metadata.get(f"{_KEY}{name}_token_id", default)
+    return int(value) if value is not None and 0 <= int(value) < size else None
+
+
+def _traits(
+    metadata: Mapping[str, Any],
+    vocabulary: Vocabulary,
+    defaults: Mapping[str, int],
+    *,
+    add_bos: bool,
+    strip_space: bool,
+    warnings: tuple[str, ...] = (),
+) -> Traits:
+    size = len(vocabulary.texts)
+    names = {
+        "bos": "bos_token",
+        "eos": "eos_token",
+        "unknown": "unk_token",
+        "padding": "pad_token",
+        "seperator": "sep_token",
+    }
+    ids = {name: _id(metadata, name, size, defaults.get(name)) for name in (*names, "eot", "eom")}
+    special_texts = {text: vocabulary.texts[token] for name, text in names.items() if (token := ids[name]) is not None}
+    return Traits(
+        bos_id=ids["bos"],
+        eos_ids=end_ids(vocabulary, (ids["eos"], ids["eot"], ids["eom"])),
+        add_bos=bool(metadata.get(_KEY + "add_bos_token", add_bos)) and ids["bos"] is not None,
+        strip_space=strip_space,
+        chat_templates=_chat_templates(metadata),
+        special_texts=special_texts,
+        warnings=warnings,
+    )
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    prefix = "tokenizer.chat_template"
+    templates = {key[len(prefix) + 1 :]: str(value) for key, value in metadata.items() if key.startswith(prefix + ".")}
+    if metadata.get(prefix):
+        templates["default"] = str(metadata[prefix])
+    return templates
