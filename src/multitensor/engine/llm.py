@@ -280,9 +280,9 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template, as `chat` and `stream` take them."""
+        tokenizer = self._need_tokenizer("chat")
         from multitensor.formats.chat_template import render_chat
 
-        tokenizer = self._need_tokenizer("chat")
         conversation = [dict(message) for message in messages]
         extra = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
         return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, **extra)
