@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +50,20 @@ def on_ranks(size: int, work: Callable[[Group], Any]) -> list[Any]:
     errors: list[BaseException] = []
 
     def run(group: LocalGroup) -> None:
+        torch.set_num_threads(1)  # of this rank: ranks that share cores must not spin for each other
         try:
             results[group.rank] = work(group)
         except BaseException as error:
             errors.append(error)
             group.abort(f"rank {group.rank}: {error}")
 
+    before = torch.get_num_threads()
     threads = [threading.Thread(target=run, args=(group,)) for group in LocalGroup.make(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    torch.set_num_threads(before)
     if errors:
         raise errors[0]
     return results
@@ -136,7 +138,3 @@ def random_prompts(vocab: int, lengths: Sequence[int], seed: int = 0) -> list[li
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest difference over the largest magnitude wanted."""
     return float((found.double() - wanted.double()).abs().max() / wanted.double().abs().max())
-
-
-def without_warnings(plan: Plan) -> Plan:
-    return replace(plan, warnings=())

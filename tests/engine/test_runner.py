@@ -1,0 +1,191 @@
+"""A rank driven by steps: prefill, decode with unknown tokens, mixed batches, sampling, scores, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model_harness import BLOCK, CPU, cpu_plan, logits_in_steps, on_ranks, random_prompts, shuffled_tables
+from multitensor.config import EngineConfig
+from multitensor.engine import runner as runner_module
+from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
+from multitensor.engine.runner import ModelRunner
+from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
+from multitensor.parallel.group import Group
+from multitensor.sharding.plan import Plan
+from synthetic import write_gguf
+
+VOCAB = 320
+GREEDY = SamplingSetup(0, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, {}, -1, np.zeros(0, np.int32))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_gguf(
+        tmp_path_factory.mktemp("model") / "m.gguf", hidden=64, ffn=96, n_heads=6, n_kv_heads=3, vocab=VOCAB
+    )
+
+
+def make_runner(checkpoint: Checkpoint, plan: Plan, group: Group) -> ModelRunner:
+    config = EngineConfig(str(checkpoint.path), "float32", True, 0, plan.max_num_seqs, plan.max_batch_tokens, BLOCK)
+    runner = ModelRunner(checkpoint, plan, group.rank, config, group, CPU)
+    runner.load()
+    return runner
+
+
+def make_step(
+    number: int,
+    slots: Sequence[int],
+    ids: Sequence[Sequence[int]],
+    contexts: Sequence[int],
+    tables: np.ndarray,
+    *,
+    sample: Sequence[bool] | None = None,
+    score_top: Sequence[int] | None = None,
+    score_next: Sequence[int] | None = None,
+    setups: tuple[SamplingSetup, ...] = (),
+) -> StepInput:
+    flat = [token for part in ids for token in part]
+    return StepInput(
+        step=number,
+        slots=np.array(slots, np.int32),
+        query_lens=np.array([len(part) for part in ids], np.int32),
+        context_lens=np.array(contexts, np.int32),
+        token_ids=np.array(flat, np.int32),
+        block_tables=tables,
+        sample=np.array(sample if sample is not None else [True] * len(slots)),
+        uniforms=np.full(len(slots), 0.5),
+        score_top=np.array(score_top if score_top is not None else [0] * len(slots), np.int32),
+        score_next=np.array(score_next if score_next is not None else [-1] * len(flat), np.int32),
+        setups=setups,
+    )
+
+
+def greedy_continuation(path: Path, prompt: list[int], count: int) -> list[int]:
+    """By running the whole text anew for every token, without a sampler."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(logits_in_steps(path, (1.0,), [ids], [])[0][0][-1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("ratio", [(1.0,), (2.0, 1.0), (1.0,) * 4], ids=str)
+def test_decode_takes_the_token_it_sampled_last(model_path: Path, ratio: tuple[float, ...]) -> None:
+    """Two sequences in slots 5 and 2, one of them admitted while the other decodes; the host never says a token."""
+    checkpoint = open_checkpoint(model_path)
+    plan = cpu_plan(checkpoint, ratio)
+    first, second = random_prompts(VOCAB, [21, 7], seed=3)
+    tables = shuffled_tables([60, 60], plan.kv_tokens // BLOCK)
+
+    def work(group: Group) -> list[StepOutput]:
+        runner = make_runner(checkpoint, plan, group)
+        outputs = [
+            # Prefill in two chunks; the first yields nothing.
+            runner.step(
+                make_step(0, [5], [first[:16]], [0], tables[:1], sample=[False], setups=(replace(GREEDY, slot=5),))
+            ),
+            runner.step(make_step(1, [5], [first[16:]], [16], tables[:1])),
+            # The second prompt joins a decoding sequence.
+            runner.step(make_step(2, [5, 2], [[-1], second], [21, 0], tables, setups=(replace(GREEDY, slot=2),))),
+        ]
+        outputs += [
+            runner.step(make_step(3 + i, [2, 5], [[-1], [-1]], [7 + i, 22 + i], tables[::-1])) for i in range(4)
+        ]
+        return outputs
+
+    by_rank = on_ranks(plan.size, work)
+    for outputs in by_rank:
+        assert [output.step for output in outputs] == list(range(7))
+        assert outputs[0].token_ids.tolist() == [-1]
+        steps = [output.token_ids.tolist() for output in outputs]
+        found_first = [steps[1][0], steps[2][0], *(step[1] for step in steps[3:])]
+        found_second = [steps[2][1], *(step[0] for step in steps[3:])]
+        assert found_first == greedy_continuation(model_path, first, 6)
+        assert found_second == greedy_continuation(model_path, second, 5)
+
+
+@pytest.mark.parametrize("scratch", [1, 20 * 3 * 4 * VOCAB, 256 << 20])
+def test_scores_are_the_log_softmax_of_every_position(
+    model_path: Path, scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scored sequence between a sampled one and another scored one; rows by ones, twenties, and all at once."""
+    monkeypatch.setattr(runner_module, "SCORE_SCRATCH_BYTES", scratch)
+    checkpoint = open_checkpoint(model_path)
+    plan = cpu_plan(checkpoint, (1.0, 1.0))
+    prompts = random_prompts(VOCAB, [33, 9, 26], seed=4)
+    tables = shuffled_tables([33, 9, 26], plan.kv_tokens // BLOCK)
+    following = [*prompts[0][1:], -1, *[-1] * 9, *prompts[2][1:], -1]
+    setups = tuple(replace(GREEDY, slot=slot) for slot in range(3))
+    step = make_step(
+        0,
+        [0, 1, 2],
+        prompts,
+        [0, 0, 0],
+        tables,
+        sample=[False, True, False],
+        score_top=[3, 0, 5],
+        score_next=following,
+        setups=setups,
+    )
+    for output in on_ranks(2, lambda group: make_runner(checkpoint, plan, group).step(step)):
+        assert sorted(output.scores) == [0, 2]
+        assert output.token_ids[[0, 2]].tolist() == [-1, -1] and output.token_ids[1] >= 0
+        for sequence, top in ((0, 3), (2, 5)):
+            prompt = prompts[sequence]
+            logits = logits_in_steps(model_path, (1.0,), [prompt], [])[0][0]
+            wanted = torch.log_softmax(logits.double(), -1)
+            values, ids = wanted.topk(top)
+            assert len(output.scores[sequence]) == len(prompt)
+            for position, (top_ids, top_values, next_value) in enumerate(output.scores[sequence]):
+                assert top_ids == ids[position].tolist()
+                assert top_values == pytest.approx(values[position].tolist(), abs=1e-4)
+                if position + 1 < len(prompt):
+                    assert next_value == pytest.approx(float(wanted[position, prompt[position + 1]]), abs=1e-4)
+                else:
+                    assert next_value is None
+
+
+def test_logprobs_are_numbered_by_sequence(model_path: Path) -> None:
+    checkpoint = open_checkpoint(model_path)
+    prompts = random_prompts(VOCAB, [4, 6, 5], seed=5)
+    plan = cpu_plan(checkpoint, (1.0, 1.0))
+    tables = shuffled_tables([4, 6, 5], plan.kv_tokens // BLOCK)
+    setups = (GREEDY, replace(GREEDY, slot=1, logprobs=2), replace(GREEDY, slot=2, logprobs=2))
+    step = make_step(0, [0, 1, 2], prompts, [0] * 3, tables, sample=[True, False, True], setups=setups)
+    for output in on_ranks(2, lambda group: make_runner(checkpoint, plan, group).step(step)):
+        assert list(output.logprobs) == [2]
+        assert output.logprobs[2].top_ids[0] == output.token_ids[2]
+
+
+def test_memory_is_what_the_plan_says(model_path: Path) -> None:
+    checkpoint = open_checkpoint(model_path)
+    plan = replace(cpu_plan(checkpoint, (3.0, 1.0)), kv_type="f16")
+
+    def work(group: Group) -> dict[str, int]:
+        return make_runner(checkpoint, plan, group).memory()
+
+    for rank, memory in enumerate(on_ranks(2, work)):
+        assert memory["weights_bytes"] == sum(tensor.resident_bytes(rank) for tensor in plan.tensors.values())
+        heads = plan.ranks[rank].kv_heads.size
+        assert memory["kv_bytes"] == plan.kv_tokens * plan.spec.n_layers * 2 * heads * plan.spec.head_dim * 2
+        assert memory["rss_bytes"] > 0
+
+
+def test_closing_drops_weights_and_caches(model_path: Path) -> None:
+    checkpoint = open_checkpoint(model_path)
+    plan = cpu_plan(checkpoint, (1.0,))
+
+    def work(group: Group) -> ModelRunner:
+        runner = make_runner(checkpoint, plan, group)
+        runner.close()
+        return runner
+
+    runner = on_ranks(1, work)[0]
+    assert runner.memory()["weights_bytes"] == 0 and runner.memory()["kv_bytes"] == 0
+    with pytest.raises(RuntimeError, match="not loaded"):
+        _ = runner.decoder
