@@ -152,11 +152,10 @@ def apportion(total: int, unit: int, ratio: Sequence[float]) -> tuple[Slice, ...
     whole = sum(parts)
     exact = [total * part / whole for part in parts]
     last = max(rank for rank, part in enumerate(parts) if part > 0)
-    tail = total % unit
     sizes = [share // unit * unit for share in exact]
-    if tail:
-        # The short unit is the last one, so it belongs to the last rank that takes part.
-        sizes[last] = max(0, (exact[last] - tail) // unit) * unit + tail
+    # A short unit is the last one, so it belongs to the last rank that takes part. That rank may then have a little
+    # more than its share, but no unit more: whenever units are left over, more ranks than units are below their share.
+    sizes[last] += total % unit
     left = (total - sum(sizes)) // unit
     by_remainder = sorted(range(len(parts)), key=lambda rank: (sizes[rank] - exact[rank], rank))
     for rank in by_remainder[:left]:

@@ -15,8 +15,9 @@ from multitensor.sharding.topology import Device
 MIN_CONTEXT = 512  # a default context below this is no use; say that the model does not fit instead
 EQUAL_WITHIN = 0.05  # capacities that differ by less are cut equally
 GPU_POOL_CONTEXTS = 8  # sequences of full length that the KV pool of a GPU aims to hold
-CPU_POOL_CONTEXTS = 4
+CPU_POOL_TOKENS = 16384  # tokens that the KV pool of CPU ranks aims to hold where the context is shorter
 CPU_POOL_SHARE = 4  # the default KV pool of a CPU rank takes at most this part of its memory: 1 / 4
+MARGIN = 0.02  # of a device, left free by what is not asked for: the default context and the pool beyond one context
 REPAIRS = 8  # attempts to move load from devices that are too full
 
 RatioChoice = Sequence[float] | Mapping[str, Sequence[float]] | None
@@ -156,13 +157,15 @@ def _fits(plan: Plan) -> bool:
     )
 
 
-def _tokens_that_fit(plan: Plan, *, contexts: bool) -> int:
+def _tokens_that_fit(plan: Plan, *, contexts: bool, margin: float = 0.0) -> int:
     """Tokens for which every device has room beside weights and buffers: of context with its KV, or of the KV pool
-    alone when the context stands."""
+    alone when the context stands. margin: part of each device to leave free."""
     room = []
     for rank, memory in zip(plan.ranks, device_memory(plan), strict=True):
         per_context = context_bytes_per_token(plan) if contexts else 0
-        free = rank.device.capacity_bytes - (memory.total - memory.kv - per_context * plan.context)
+        free = int(rank.device.capacity_bytes * (1.0 - margin)) - (
+            memory.total - memory.kv - per_context * plan.context
+        )
         per_token = kv_bytes_per_token(plan, rank) + per_context
         if per_token:
             room.append(max(0, free) // per_token)
@@ -174,7 +177,7 @@ def _choose_context(plan: Plan) -> int:
     Raises DoesNotFit when less than MIN_CONTEXT would be left."""
     floor = min(MIN_CONTEXT, plan.spec.train_context)
     _require_fit(plan)
-    fits = min(_tokens_that_fit(plan, contexts=True), max(floor, _pool_limit(plan)))
+    fits = min(_tokens_that_fit(plan, contexts=True, margin=MARGIN), max(floor, _pool_limit(plan)))
     if fits >= plan.spec.train_context:
         return plan.spec.train_context
     return max(floor, fits // plan.block_size * plan.block_size)
@@ -192,10 +195,11 @@ def _pool_limit(plan: Plan) -> int:
 
 def _pool_tokens(plan: Plan) -> int:
     """As many full contexts as are worth having, as far as they fit; at least one."""
-    contexts = CPU_POOL_CONTEXTS if plan.ranks[0].device.kind == "cpu" else GPU_POOL_CONTEXTS
-    aim = min(plan.max_num_seqs, contexts) * _round_up(plan.context, plan.block_size)
-    fits = min(_tokens_that_fit(plan, contexts=False), _pool_limit(plan))
-    return max(plan.kv_tokens, min(aim, fits // plan.block_size * plan.block_size))
+    aim = min(plan.max_num_seqs, GPU_POOL_CONTEXTS) * _round_up(plan.context, plan.block_size)
+    if plan.ranks[0].device.kind == "cpu":
+        aim = min(aim, CPU_POOL_TOKENS)
+    fits = min(_tokens_that_fit(plan, contexts=False, margin=MARGIN), _pool_limit(plan))
+    return max(plan.kv_tokens, min(aim, fits) // plan.block_size * plan.block_size)
 
 
 def _round_up(tokens: int, block: int) -> int:
