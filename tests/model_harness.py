@@ -13,7 +13,7 @@ import torch
 from multitensor.architectures.registry import resolve
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.dispatch import Kernels, make_kernels
+from multitensor.kernels.dispatch import make_kernels
 from multitensor.loading.loader import load_rank
 from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group, SingleGroup
@@ -82,28 +82,33 @@ def shuffled_tables(lengths: Sequence[int], n_blocks: int, seed: int = 0) -> np.
 class RankModel:
     """One rank's decoder with its caches; `step` runs a flat batch and returns the logits of every position."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, group: Group, kernels: Kernels | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, group: Group, device: torch.device = CPU) -> None:
         self.plan = plan
-        kernels = kernels or make_kernels(CPU, exact=True)
+        self.device = device
+        kernels = make_kernels(device, exact=True)
         group.kernels = kernels
         own = plan.ranks[group.rank]
-        self.weights = load_rank(checkpoint, plan, group.rank, CPU)
-        self.decoder = Decoder(plan, group.rank, self.weights, kernels, group, torch.float32, CPU)
+        self.weights = load_rank(checkpoint, plan, group.rank, device)
+        self.decoder = Decoder(plan, group.rank, self.weights, kernels, group, torch.float32, device)
         shape = (plan.kv_tokens // BLOCK, BLOCK, own.kv_heads.size, plan.spec.head_dim)
-        self.caches = [(torch.zeros(shape), torch.zeros(shape)) for _ in plan.spec.layers]
+        self.caches = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in plan.spec.layers]
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Sequence[int]], contexts: Sequence[int], tables: np.ndarray) -> list[torch.Tensor]:
         """chunks[s]: the next ids of sequence s, after contexts[s] that are cached -> float32 logits [len, V] each."""
         lengths = [len(chunk) for chunk in chunks]
-        inputs = AttentionInputs.build(lengths, contexts, tables, BLOCK, CPU)
-        ids = torch.tensor([token for chunk in chunks for token in chunk])
+        inputs = AttentionInputs.build(lengths, contexts, tables, BLOCK, self.device)
+        ids = torch.tensor([token for chunk in chunks for token in chunk], device=self.device)
         hidden = self.decoder.forward(ids, inputs, self.caches)
-        return list(self.decoder.logits(hidden).clone().split(lengths))
+        return list(self.decoder.logits(hidden).to(CPU, copy=True).split(lengths))
 
 
 def logits_in_steps(
-    path: Path, ratio: Sequence[float], prompts: Sequence[Sequence[int]], chunks: Sequence[int]
+    path: Path,
+    ratio: Sequence[float],
+    prompts: Sequence[Sequence[int]],
+    chunks: Sequence[int],
+    device: torch.device = CPU,
 ) -> list[list[torch.Tensor]]:
     """Every rank's logits [len, V] of each prompt, when each step takes the next chunks[i] ids of every prompt (the
     last step takes the rest)."""
@@ -112,7 +117,7 @@ def logits_in_steps(
     tables = shuffled_tables([len(prompt) for prompt in prompts], plan.kv_tokens // BLOCK)
 
     def work(group: Group) -> list[torch.Tensor]:
-        model = RankModel(checkpoint, plan, group)
+        model = RankModel(checkpoint, plan, group, device)
         done = [0] * len(prompts)
         parts: list[list[torch.Tensor]] = [[] for _ in prompts]
         for count in [*chunks, 1 << 30]:

@@ -78,6 +78,10 @@ def load_rank(
     """
     wanted = [(tensor, tensor.slices[rank]) for tensor in plan.tensors.values()]
     weights = load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress)
+    held = sum(weight.nbytes for weight in weights.values())
+    planned = sum(tensor.resident_bytes(rank) for tensor in plan.tensors.values())
+    if held != planned:
+        raise AssertionError(f"rank {rank} holds {held} bytes of weights where the plan has {planned}")
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the staging area and the repacker's temporaries
     return weights
@@ -105,6 +109,8 @@ def load_tensors(
     total = sum(chunk.nbytes for chunk in chunks)
     done = 0
     with ExitStack() as stack:
+        if on_gpu:
+            stack.enter_context(torch.cuda.device(device))  # events are recorded on the current device's stream
         files = [stack.enter_context(open(path, "rb", buffering=0)) for path in checkpoint.files]
         fds = [file.fileno() for file in files]
         count = CUDA_BUFFERS if on_gpu else CPU_BUFFERS
@@ -155,11 +161,7 @@ def _allocate(info: TensorInfo, rows: int, cols: Slice, device: torch.device) ->
         p.name: torch.empty(rows, p.row_items(cols.start, cols.stop), dtype=getattr(torch, p.dtype), device=device)
         for p in kind.planes
     }
-    weight = QuantTensor(kind, rows, cols.size, planes, phase=slice_phase(kind, cols.start))
-    expected = kind.resident_bytes(rows, cols.start, cols.stop)
-    if weight.nbytes != expected:
-        raise AssertionError(f"{info.name}: {weight.nbytes} bytes allocated, {expected} planned")
-    return weight
+    return QuantTensor(kind, rows, cols.size, planes, phase=slice_phase(kind, cols.start))
 
 
 def _chunks(tensor: TensorPlan, rows: tuple[Slice, ...], cols: Slice, limit: int) -> Iterator[_Chunk]:

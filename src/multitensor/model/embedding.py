@@ -66,5 +66,7 @@ class LMHead:
             return hidden.new_zeros((hidden.shape[0], 0), dtype=torch.float32)
         plane = self.weight.planes.get("weight")
         if plane is not None and plane.is_cuda and plane.dtype == hidden.dtype != torch.float32:
-            return torch.mm(hidden, plane.T, out_dtype=torch.float32)
+            if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+                return torch.mm(hidden, plane.T, out_dtype=torch.float32)
+            return self.kernels.linear(hidden, self.weight).float()
         return self.kernels.linear(hidden.float(), self.weight)
