@@ -1,0 +1,208 @@
+"""Ranks as processes: start, steps, calls, every way to fail, and nothing left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from rank_fakes import FACTORY, make_config, make_plan, make_step, wait_gone
+
+from multitensor.engine.process_executor import ProcessExecutor
+from multitensor.errors import DoesNotFit, InputError, MultitensorError, RankFailed
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """No descriptor, child or zombie more than before."""
+    gc.collect()
+    descriptors = len(os.listdir("/proc/self/fd"))
+    yield
+    gc.collect()
+    assert psutil.Process().children() == []
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def shares_only_nameless_memory(pid: int) -> bool:
+    """What a process maps from /dev/shm would outlive it; a memfd cannot."""
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return "/memfd:multitensor-" in maps and "/dev/shm/" not in maps
+
+
+def start(size: int, behaviour: str = "") -> ProcessExecutor:
+    executor = ProcessExecutor(FACTORY)
+    executor.start(make_plan(size), make_config(behaviour))
+    return executor
+
+
+def test_steps_calls_progress_and_close() -> None:
+    executor = ProcessExecutor(FACTORY)
+    progress: list[tuple[int, int]] = []
+    executor.start(make_plan(2), make_config(), lambda done, total: progress.append((done, total)))
+    assert progress[-1] == (201, 400)
+    for number in range(4):
+        executor.submit(make_step(number))
+    outputs = [executor.collect() for _ in range(4)]
+    assert [(output.step, output.token_ids.tolist()) for output in outputs] == [(n, [12]) for n in range(4)]
+    executor.submit(make_step(4))
+    assert executor.call("echo", value={"a": 1}) == [(0, {"a": 1}), (1, {"a": 1})]  # between steps
+    assert executor.collect().step == 4
+    assert executor.call("steps_seen") == [[0, 1, 2, 3, 4]] * 2
+    assert executor.call("threads") == [max(1, _threads() // 2)] * 2
+    large = os.urandom(6 << 20)
+    assert executor.call("echo", value=large) == [(0, large), (1, large)]  # larger than the rings
+    pids = executor.call("pid")
+    assert len({os.getpid(), *pids}) == 3
+    assert all(shares_only_nameless_memory(pid) for pid in [os.getpid(), *pids])
+    begin = time.monotonic()
+    executor.close()
+    assert time.monotonic() - begin < 1.0
+    assert wait_gone(pids, 0.0) == []
+    executor.close()
+    with pytest.raises(RankFailed, match="ended"):
+        executor.submit(make_step(5))
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, 2 * int(asked)) if asked.isdigit() else cores
+
+
+def test_a_rank_killed_in_a_reduction_takes_all_down() -> None:
+    executor = start(2)
+    pids = executor.call("pid")
+    killed = []
+
+    def kill() -> None:
+        killed.append(time.monotonic())
+        os.kill(pids[1], signal.SIGKILL)
+
+    threading.Timer(0.2, kill).start()
+    with pytest.raises(RankFailed, match=r"^rank 1 \(cpu:1\) was killed by SIGKILL"):
+        executor.call("reduce_for_ever")
+    assert time.monotonic() - killed[0] < 5.0
+    assert wait_gone(pids, 2.0) == []
+    with pytest.raises(RankFailed, match="SIGKILL"):
+        executor.collect()
+    executor.close()
+
+
+def test_an_exception_in_a_call_is_told_with_its_place() -> None:
+    executor = start(2)
+    pids = executor.call("pid")
+    with pytest.raises(
+        RankFailed, match=r"^rank 1 \(cpu:1\) failed: ValueError: this rank has had enough \(rank_fakes.py:\d+\)$"
+    ):
+        executor.call("fail", rank=1)
+    assert wait_gone(pids, 2.0) == []
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("size", "behaviour", "kind", "message"),
+    [
+        (2, "input error", InputError, "^tensor blk.0.ffn_up.weight has an unknown type 99$"),
+        (
+            1,
+            "out of memory",
+            DoesNotFit,
+            r"^rank 0 \(cpu:0\) ran out of memory \(cannot allocate 12 GiB\); lower --ctx",
+        ),
+        (1, "exit", RankFailed, r"^rank 0 \(cpu:0\) ended with exit status 7: the library says goodbye$"),
+    ],
+)
+def test_a_failure_while_loading_keeps_its_type(
+    size: int, behaviour: str, kind: type[MultitensorError], message: str
+) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        start(size, behaviour)
+    assert type(caught.value) is kind
+
+
+def test_dropping_the_executor_ends_its_ranks() -> None:
+    executor = start(1)
+    pids = executor.call("pid")
+    del executor
+    gc.collect()
+    assert wait_gone(pids, 2.0) == []
+
+
+def test_plans_that_cannot_run_are_refused_at_once() -> None:
+    with pytest.raises(InputError, match="only serve to plan"):
+        ProcessExecutor(FACTORY).start(make_plan(2, "any"), make_config())
+    with pytest.raises(RuntimeError):
+        ProcessExecutor(FACTORY).submit(make_step(0))
+    never_started = ProcessExecutor(FACTORY)
+    never_started.close()
+
+
+ENGINE = """
+import sys
+from multitensor.engine.process_executor import ProcessExecutor
+from rank_fakes import FACTORY, make_config, make_plan
+executor = ProcessExecutor(FACTORY)
+print("starting", flush=True)
+executor.start(make_plan(2), make_config(sys.argv[1]))
+assert "torch" not in sys.modules
+print(*executor.call("pid"), flush=True)
+executor.call(sys.argv[2], **eval(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "call", "death"),
+    [
+        ("sleep", "", signal.SIGINT),  # Ctrl-C while loading
+        ("", "sleep", signal.SIGINT),  # ranks that do not listen
+        ("", "reduce_for_ever", signal.SIGKILL),
+    ],
+)
+def test_the_engines_end_leaves_nothing(behaviour: str, call: str, death: signal.Signals) -> None:
+    arguments = "{'seconds': 600}" if call == "sleep" else "{}"
+    engine = subprocess.Popen(
+        [sys.executable, "-c", ENGINE, behaviour, call, arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])},
+    )
+    try:
+        assert engine.stdout is not None and engine.stderr is not None
+        assert engine.stdout.readline() == "starting\n"
+        if behaviour == "sleep":
+            pids = _children(engine.pid, 2)
+        else:
+            pids = [int(pid) for pid in engine.stdout.readline().split()]
+        assert len(pids) == 2 and wait_gone(pids, 0.0) == pids
+        assert behaviour == "sleep" or all(shares_only_nameless_memory(pid) for pid in [engine.pid, *pids])
+        time.sleep(0.2)
+        begin = time.monotonic()
+        engine.send_signal(death)
+        engine.wait(timeout=5)
+        assert wait_gone(pids, max(0.0, begin + 3 - time.monotonic())) == []
+        errors = engine.stderr.read()
+        assert errors.count("KeyboardInterrupt") == (1 if death == signal.SIGINT else 0), errors
+    finally:
+        engine.kill()
+        engine.communicate()
+
+
+def _children(pid: int, count: int) -> list[int]:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        found = [child.pid for child in psutil.Process(pid).children()]
+        if len(found) == count:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"{pid} has not started {count} processes")
