@@ -63,6 +63,10 @@ class Tokenizer:
         """The text with the names of control tokens cut out as ids."""
         return self._control.split(text)
 
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, stop) of every name of a control token in the text, overlapping ones too."""
+        return self._control.spans(text)
+
     def control_names(self) -> list[tuple[str, int]]:
         """(text, id) of every control and unknown token."""
         return self._vocabulary.named(self._hidden)

@@ -103,17 +103,27 @@ class TokenSplitter:
         for order, (text, token) in enumerate(ordered):
             self._by_prefix.setdefault(text[: self._PREFIX], []).append((order, text, token))
 
-    def split(self, text: str) -> list[Part]:
-        """The text with its tokens cut out; empty pieces are left out."""
-        parts: list[Part] = [text] if text else []
-        found = sorted(
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(start, stop) of every occurrence of every token, overlapping ones too."""
+        return [
+            (match.start(), match.start() + len(name))
+            for _, name, _ in self._found(text)
+            for match in re.finditer(f"(?={re.escape(name)})", text)
+        ]
+
+    def _found(self, text: str) -> list[tuple[int, str, int]]:
+        return sorted(
             entry
             for prefix, entries in self._by_prefix.items()
             if prefix in text
             for entry in entries
             if entry[1] in text
         )
-        for _, name, token in found:
+
+    def split(self, text: str) -> list[Part]:
+        """The text with its tokens cut out; empty pieces are left out."""
+        parts: list[Part] = [text] if text else []
+        for _, name, token in self._found(text):
             parts = [piece for part in parts for piece in self._cut(part, name, token)]
         return parts
 
