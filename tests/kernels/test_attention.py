@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from multitensor.kernels import attention
 from multitensor.kernels.attention import HeadGroups, paged_attention, write_kv
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.dispatch import make_kernels
 
 CPU = torch.device("cpu")
 DEVICES = [
@@ -229,11 +228,3 @@ def test_inputs_of_a_mixed_step() -> None:
     assert inputs.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 2 * 4, 4 * 4]
     assert inputs.block_tables.dtype == torch.int64
     assert inputs.has_decodes
-
-
-def test_kernels_reuse_head_tables() -> None:
-    kernels = make_kernels(CPU, exact=True, threads=1)
-    case = Case([1, 3], [8, 0], (0, 0, 1), 2)
-    for window in (None, 3):
-        got = kernels.paged_attention(case.q, case.k_cache, case.v_cache, case.inputs, [0, 0, 1], 0.3, window)
-        np.testing.assert_allclose(got.double().numpy(), case.dense(0.3, window, None), atol=3e-6)

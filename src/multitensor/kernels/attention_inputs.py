@@ -61,7 +61,7 @@ class AttentionInputs:
         """From a step's lengths and integer block tables [S, B]; positions and slots are computed on the host."""
         queries = np.asarray(query_lens, dtype=np.int64)
         contexts = np.asarray(context_lens, dtype=np.int64)
-        tables = np.asarray(block_tables, dtype=np.int64).reshape(len(queries), -1)
+        tables = np.asarray(block_tables, dtype=np.int64)
         starts = np.cumsum(queries) - queries
         sequence = np.repeat(np.arange(len(queries)), queries)
         positions = np.arange(int(queries.sum())) - starts[sequence] + contexts[sequence]

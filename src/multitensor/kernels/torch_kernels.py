@@ -1,0 +1,118 @@
+"""`Kernels`: what a model may ask of a device, in plain torch. Faster sets override it; kernels/dispatch.py chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from multitensor.kernels import reference
+from multitensor.kernels.attention import HeadGroups
+from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.quant_tensor import QuantTensor
+
+
+class Kernels:
+    """Plain torch on any device: the base of every faster set, which overrides what it does better.
+
+    T: tokens of the step. Results are in x's dtype. A method may overwrite only what it says it does.
+    """
+
+    name = "torch"
+
+    def __init__(self, device: torch.device, exact: bool) -> None:
+        self.device = device
+        self.exact = exact
+        self._head_groups: dict[tuple[tuple[int, ...], int], HeadGroups] = {}
+
+    def linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [T, w.cols] -> [T, w.rows]; see reference.linear."""
+        return reference.linear(x, w, bias)
+
+    def linears(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[QuantTensor],
+        biases: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        """`linear` of one x with several weights of equal columns (query, key, value): one job where that is faster."""
+        return [self.linear(x, w, bias) for w, bias in zip(weights, biases or [None] * len(weights), strict=True)]
+
+    def gated_linear(
+        self,
+        x: torch.Tensor,
+        gate: QuantTensor,
+        up: QuantTensor,
+        kind: Literal["silu", "gelu_tanh"],
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """activation(linear(x, gate, gate_bias)) * linear(x, up, up_bias): [T, gate.rows]."""
+        return self.gated_activation(self.linear(x, gate, gate_bias), self.linear(x, up, up_bias), kind)
+
+    def embedding(self, ids: torch.Tensor, w: QuantTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Integer ids [T] -> rows [T, w.cols]; an id outside [0, w.rows) gives zeros (another rank holds it)."""
+        return reference.embedding(ids, w, dtype)
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+        """Over the last axis of x, any shape; weight [last axis], to which offset is added."""
+        return reference.rms_norm(x, weight, eps, offset)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual += x, in place; returns (rms_norm(residual), residual)."""
+        return reference.add_rms_norm(x, residual, weight, eps, offset)
+
+    def apply_rope(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: Literal["interleaved", "half"]
+    ) -> torch.Tensor:
+        """x [T, H, D]; cos and sin float32 [T, R/2], R <= D. May rotate x in place and return it."""
+        return reference.apply_rope(x, cos, sin, style)
+
+    def apply_rope_pair(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        style: Literal["interleaved", "half"],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """apply_rope of queries and keys, which share their positions."""
+        return self.apply_rope(q, cos, sin, style), self.apply_rope(k, cos, sin, style)
+
+    def write_kv(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """k, v [T, KV heads, D] into caches [blocks, block_size, KV heads, D] at int64 slots [T]."""
+        reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        inputs: AttentionInputs,
+        kv_map: Sequence[int],
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """q [T, query heads, D], after write_kv of the step's own keys -> [T, query heads, D]."""
+        key = (tuple(kv_map), k_cache.shape[2])
+        groups = self._head_groups.get(key)
+        if groups is None:
+            groups = self._head_groups[key] = HeadGroups(*key, q.device)
+        return reference.paged_attention(q, k_cache, v_cache, inputs, groups, scale, window, softcap)
+
+    def gated_activation(
+        self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]
+    ) -> torch.Tensor:
+        """activation(gate) * up, elementwise."""
+        return reference.gated_activation(gate, up, kind)
