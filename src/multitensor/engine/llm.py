@@ -117,6 +117,8 @@ class LLM:
             from multitensor.engine.worker import join_torchrun
 
             join_torchrun()
+        if world is not None and not settings.get("devices") and settings.get("tensor_parallel_size") is None:
+            settings["tensor_parallel_size"] = world.size  # torchrun's processes are the ranks
         prepared = prepare(model, **settings)
         tokenizer = load_tokenizer(prepared.checkpoint)
         executor = ProcessExecutor()

@@ -24,6 +24,7 @@ from multitensor.errors import MultitensorError
 from multitensor.parallel.group_region import abort_group
 from multitensor.parallel.shared_region import SharedRegion
 from multitensor.parallel.step_channel import RankChannel
+from multitensor.sharding.memory import device_memory
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +117,10 @@ def _prepare_device(bootstrap: Bootstrap, rank: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if declared.capacity_bytes < declared.total_bytes:
-            torch.cuda.set_per_process_memory_fraction(declared.capacity_bytes / declared.total_bytes, device)
+            # torch's allocator is not all that counts against a cap: the CUDA context and NCCL lie beside it.
+            parts = device_memory(bootstrap.plan)[rank].buffer_parts
+            room = declared.capacity_bytes - parts.get("cuda_context", 0) - parts.get("nccl", 0)
+            torch.cuda.set_per_process_memory_fraction(max(0, room) / declared.total_bytes, device)
     return device
 
 
