@@ -54,12 +54,10 @@ class Attention:
         self.eps = spec.norm_eps
         if self.n_heads == 0:
             return
-        self.q, self.k, self.v, self.output = (
-            matrix(weights, f"{prefix}attn_{name}.weight") for name in ("q", "k", "v", "output")
-        )
-        self.q_bias, self.k_bias, self.v_bias = (
-            optional_vector(weights, f"{prefix}attn_{name}.bias") for name in "qkv"
-        )
+        self.qkv = tuple(matrix(weights, f"{prefix}attn_{name}.weight") for name in "qkv")
+        biases = tuple(optional_vector(weights, f"{prefix}attn_{name}.bias") for name in "qkv")
+        self.qkv_biases = biases if any(bias is not None for bias in biases) else None
+        self.output = matrix(weights, f"{prefix}attn_output.weight")
         self.output_bias = optional_vector(weights, f"{prefix}attn_output.bias") if adds_bias else None
         self.q_norm = vector(weights, f"{prefix}attn_q_norm.weight") if spec.qk_norm else None
         self.k_norm = vector(weights, f"{prefix}attn_k_norm.weight") if spec.qk_norm else None
@@ -70,15 +68,15 @@ class Attention:
             return x.new_zeros(x.shape)
         kernels = self.kernels
         n_tokens = x.shape[0]
-        q = kernels.linear(x, self.q, self.q_bias).view(n_tokens, self.n_heads, self.head_dim)
-        k = kernels.linear(x, self.k, self.k_bias).view(n_tokens, self.n_kv_heads, self.head_dim)
-        v = kernels.linear(x, self.v, self.v_bias).view(n_tokens, self.n_kv_heads, self.head_dim)
+        q, k, v = kernels.linears(x, self.qkv, self.qkv_biases)
+        q = q.view(n_tokens, self.n_heads, self.head_dim)
+        k = k.view(n_tokens, self.n_kv_heads, self.head_dim)
+        v = v.view(n_tokens, self.n_kv_heads, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q = kernels.rms_norm(q, self.q_norm, self.eps)
             k = kernels.rms_norm(k, self.k_norm, self.eps)
         cos, sin = step.ropes[self.rope]
-        q = kernels.apply_rope(q, cos, sin, self.rope_style)
-        k = kernels.apply_rope(k, cos, sin, self.rope_style)
+        q, k = kernels.apply_rope_pair(q, k, cos, sin, self.rope_style)
         keys, values = cache
         kernels.write_kv(k, v, keys, values, step.inputs.slot_mapping)
         mixed = kernels.paged_attention(

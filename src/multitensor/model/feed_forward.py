@@ -33,6 +33,5 @@ class FeedForward:
         if self.size == 0:
             return x.new_zeros(x.shape)
         kernels = self.kernels
-        gate = kernels.linear(x, self.gate, self.gate_bias)
-        up = kernels.linear(x, self.up, self.up_bias)
-        return kernels.linear(kernels.gated_activation(gate, up, self.activation), self.down, self.down_bias)
+        inner = kernels.gated_linear(x, self.gate, self.up, self.activation, self.gate_bias, self.up_bias)
+        return kernels.linear(inner, self.down, self.down_bias)
