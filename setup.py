@@ -2,13 +2,25 @@
 
 from setuptools import Extension, setup
 
+FOLDER = "src/multitensor/kernels/cpu"
+
 setup(
     ext_modules=[
         Extension(
             "multitensor.kernels.cpu._native",
-            sources=["src/multitensor/kernels/cpu/native.c"],
-            extra_compile_args=["-O3", "-std=gnu11", "-fno-math-errno", "-pthread"],
-            extra_link_args=["-pthread"],
+            sources=[f"{FOLDER}/{name}.c" for name in ("native", "level_scalar", "level_avx2", "level_avx512")],
+            depends=[f"{FOLDER}/{name}.h" for name in ("native", "pool", "matmul", "transformer", "table")],
+            # No -march: each level_*.c names its instructions itself, and native.c chooses at run time. No contraction:
+            # weights must come out bit for bit as ggml computes them.
+            extra_compile_args=[
+                "-O3",
+                "-std=gnu11",
+                "-fno-math-errno",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-pthread",
+            ],
+            extra_link_args=["-pthread", "-lm"],
             optional=True,
         )
     ]
