@@ -1,4 +1,4 @@
-// Quantised matrix-vector products for 1 to 8 tokens, y[t, n] = sum_k W[n, k] x[t, k].
+// Quantised weights in tiles: matrix-vector products for 1 to 8 tokens, y[t, n] = sum_k W[n, k] x[t, k], and expansion.
 //
 // Weights lie in tiles of 16 rows x one super-block of columns, each tile contiguous (quants, then sub-block scales,
 // then the super-block's factors), tiles of a row group one after the other. A block takes whole row groups; its warps
@@ -277,6 +277,7 @@ __device__ __forceinline__ void finish(const Activations& x, int kb, int lane, c
 // Eight 8-bit scales and eight mins of 32 columns, d and dmin a row (Q4_K, Q5_K).
 template <class Q>
 struct Scaled32Minimum {
+    typedef Q Quants;
     static constexpr int TILE = Q::BYTES + ROWS * 16 + ROWS * 4;
     static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int batch, int lane, float (&y)[4]) {
         const int g = lane >> 2, c = lane & 3;
@@ -305,11 +306,19 @@ struct Scaled32Minimum {
         const float v[4] = {f.x * acc[0] - f.y * m[0], f.x * acc[1] - f.y * m[1], h.x * acc[2] - h.y * m[2], h.x * acc[3] - h.y * m[3]};
         finish(x, kb, lane, v, y);
     }
+    // value = scale * q + offset for rows g and g + 8 of sub-block p, half `half`, of chunk j
+    static __device__ __forceinline__ void factors(const u8* t, int row, int j, int p, int, float& scale, float& offset) {
+        const u8* at = t + Q::BYTES + row * 16 + 2 * j + p;
+        const float2 d = halves(t + Q::BYTES + 256 + row * 4);
+        scale = __fmul_rn(d.x, (float)at[0]);
+        offset = -__fmul_rn(d.y, (float)at[8]);
+    }
 };
 
 // Eight signed scales of 32 columns, d a row (IQ4_XS).
 template <class Q>
 struct Scaled32 {
+    typedef Q Quants;
     static constexpr int TILE = Q::BYTES + ROWS * 8 + ROWS * 2;
     static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int batch, int lane, float (&y)[4]) {
         const int g = lane >> 2;
@@ -337,11 +346,17 @@ struct Scaled32 {
         const float v[4] = {f * acc[0], f * acc[1], h * acc[2], h * acc[3]};
         finish(x, kb, lane, v, y);
     }
+    static __device__ __forceinline__ void factors(const u8* t, int row, int j, int p, int, float& scale, float& offset) {
+        const float d = half_to_float(*(const unsigned short*)(t + Q::BYTES + 128 + row * 2));
+        scale = __fmul_rn(d, (float)*(const signed char*)(t + Q::BYTES + row * 8 + 2 * j + p));
+        offset = 0.f;
+    }
 };
 
 // Sixteen scales of 16 columns a row: signed and d (Q3_K, Q6_K), or nibbles of scale and minimum, d and dmin (Q2_K).
 template <class Q, bool MINIMUM>
 struct Scaled16 {
+    typedef Q Quants;
     static constexpr int TILE = Q::BYTES + ROWS * 16 + ROWS * (MINIMUM ? 4 : 2);
     static __device__ __forceinline__ int scale(u32 v, int n) {
         return MINIMUM ? (int)((v >> (8 * n)) & 15) : signed_byte(v, n);
@@ -388,12 +403,25 @@ struct Scaled16 {
         }
         finish(x, kb, lane, v, y);
     }
+    static __device__ __forceinline__ void factors(const u8* t, int row, int j, int p, int half, float& scale, float& offset) {
+        const u8 k = t[Q::BYTES + row * 16 + 4 * j + 2 * p + half];
+        const u8* at = t + Q::BYTES + 256;
+        if (MINIMUM) {
+            const float2 d = halves(at + row * 4);
+            scale = __fmul_rn(d.x, (float)(k & 15));
+            offset = -__fmul_rn(d.y, (float)(k >> 4));
+        } else {
+            scale = __fmul_rn(half_to_float(*(const unsigned short*)(at + row * 2)), (float)(signed char)k);
+            offset = 0.f;
+        }
+    }
 };
 
 // A float scale (and perhaps an offset) of 32 columns: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL; or a power of two: MXFP4.
 enum Scale { HALF, HALF_OFFSET, POWER };
 template <class Q, Scale KIND>
 struct Float32Columns {
+    typedef Q Quants;
     static constexpr int TILE = Q::BYTES + (KIND == POWER ? ROWS * 8 : KIND == HALF ? ROWS * 16 : ROWS * 32);
     static __device__ __forceinline__ float power(u32 e) {  // half of 2**(e - 127): tables hold doubled values
         return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
@@ -449,6 +477,16 @@ struct Float32Columns {
                 }
         }
         finish(x, kb, lane, v, y);
+    }
+    static __device__ __forceinline__ void factors(const u8* t, int r, int j, int p, int, float& scale, float& offset) {
+        u32 w[4];
+        row(t + Q::BYTES, r, w);
+        scale = value(w, 2 * j + p);
+        offset = 0.f;
+        if (KIND == HALF_OFFSET) {
+            row(t + Q::BYTES + ROWS * 16, r, w);
+            offset = value(w, 2 * j + p);
+        }
     }
 };
 
@@ -658,6 +696,50 @@ __device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __
     }
 }
 
+// ---- weights back to numbers, for products with many tokens and for embeddings ----
+
+// out[i][columns] of row groups: group i of the result is row group groups[i], or `first` + i without a list. KIND 0 half,
+// 1 bfloat16, 2 float32. Bit for bit ggml's value in float32: product, then sum, each rounded. A warp takes one tile.
+template <class Q, class T, int KIND>
+__device__ __forceinline__ void expand_body(const u8* __restrict__ w, void* __restrict__ out, int rows, int columns, int phase,
+                                            int n_kb, int first, int n_groups, const long long* __restrict__ groups) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    const int job = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    if (job >= n_groups * n_kb) return;
+    const int i = job / n_kb, kb = job - i * n_kb;
+    const long long group = groups ? groups[i] : first + i;
+    const u8* t = w + ((size_t)group * n_kb + kb) * T::TILE;
+    const typename Q::High high = Q::high(t, lane);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        Fragment f[2];
+        Q::get(t, j, lane, high, f[0], f[1]);
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int k = kb * 256 + j * 64 + p * 32 + half * 16 + 4 * c - phase;
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const int row = g + 8 * r;
+                    const u32 q = half ? (r ? f[p].a3 : f[p].a2) : (r ? f[p].a1 : f[p].a0);
+                    float scale, offset, v[4];
+                    T::factors(t, row, j, p, half, scale, offset);
+#pragma unroll
+                    for (int e = 0; e < 4; e++) v[e] = __fadd_rn(__fmul_rn(scale, (float)signed_byte(q, e)), offset);
+                    if (k < 0 || k >= columns || (!groups && group * ROWS + row >= rows)) continue;
+                    const size_t at = ((size_t)i * ROWS + row) * columns + k;
+                    if (KIND == 2) {
+                        *(float4*)((float*)out + at) = make_float4(v[0], v[1], v[2], v[3]);
+                    } else {
+                        constexpr bool B = KIND == 1;
+                        *(uint2*)((unsigned short*)out + at) = make_uint2(pack<B>(v[0]) | (u32)pack<B>(v[1]) << 16, pack<B>(v[2]) | (u32)pack<B>(v[3]) << 16);
+                    }
+                }
+            }
+    }
+}
+
 #ifndef TYPE
 #define TYPE Q4_K
 #endif
@@ -678,3 +760,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv_float(const u8* w,
                                                                     int phase, int n_kb, int tokens) {
     gemv_body<TYPE, NSTAGES, EXACT_MODE, BFLOAT_MODE, true>(w, x, y, rows, columns, phase, n_kb, tokens);
 }
+
+#define EXPAND(name, kind)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) name(const u8* w, void* out, int rows, int columns, int phase, int n_kb, \
+                                                           int first, int n_groups, const long long* groups) {                \
+        expand_body<TYPE::Quants, TYPE, kind>(w, out, rows, columns, phase, n_kb, first, n_groups, groups);                   \
+    }
+EXPAND(expand_half, 0)
+EXPAND(expand_bfloat, 1)
+EXPAND(expand_float, 2)

@@ -1,0 +1,124 @@
+"""CUDA C++ at run time: NVRTC through cuda-core, with a cache of compiled kernels on disk. No toolkit is needed.
+
+Sources include no header, so NVRTC looks for none. A compiled file is keyed by source, defines, architecture and
+compiler version, so a new version of any of them compiles anew and nothing stale is ever loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+SOURCES = Path(__file__).parent
+
+
+def cache_folder() -> Path:
+    """$MULTITENSOR_KERNEL_CACHE, or ~/.cache/multitensor/kernels."""
+    chosen = os.environ.get("MULTITENSOR_KERNEL_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "multitensor" / "kernels"
+
+
+class Program:
+    """The kernels of one .cu file with one set of defines, for one device."""
+
+    def __init__(self, source: str, defines: Mapping[str, object], device: torch.device) -> None:
+        from cuda.core import ObjectCode
+
+        major, minor = torch.cuda.get_device_capability(device)
+        self._device = device
+        self._module = ObjectCode.from_cubin(_compiled(source, defines, f"sm_{major}{minor}"))
+        self._kernels: dict[str, Any] = {}
+
+    def kernel(self, name: str, shared_bytes: int = 0) -> Any:
+        """A kernel by its extern "C" name; shared_bytes above 48 KiB are allowed for it up to the device's limit."""
+        if name not in self._kernels:
+            kernel = self._module.get_kernel(name)
+            _allow_shared(kernel, self._device)
+            self._kernels[name] = kernel
+        return self._kernels[name]
+
+
+def launch(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    block: int,
+    shared_bytes: int,
+    arguments: tuple[Any, ...],
+    *,
+    overlap: bool = False,
+) -> None:
+    """Launches on torch's current stream. arguments: tensors (their address), ints (32 bits) and floats (32 bits).
+
+    overlap: programmatic dependent launch; the kernel must wait (griddepcontrol.wait) before it touches what the one
+    before it wrote.
+    """
+    from cuda.core import LaunchConfig
+    from cuda.core import launch as start
+
+    stream = _stream(torch.cuda.current_stream().cuda_stream)
+    config = LaunchConfig(grid=grid, block=block, shmem_size=shared_bytes, programmatic_stream_serialization=overlap)
+    start(stream, config, kernel, *map(_argument, arguments))
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return np.float32(value) if isinstance(value, float) else np.int32(value)
+
+
+@cache
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def _allow_shared(kernel: Any, device: torch.device) -> None:
+    from cuda.bindings import driver
+
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(attribute, limit, kernel.handle, device.index or 0)
+    if int(error) != 0:
+        raise RuntimeError(f"cuKernelSetAttribute: {error}")
+
+
+def _compiled(source: str, defines: Mapping[str, object], architecture: str) -> bytes:
+    from cuda.core import Program as Compilation
+    from cuda.core import ProgramOptions
+
+    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + (SOURCES / source).read_text()
+    key = hashlib.sha256(f"{architecture}\n{_compiler_version()}\n{text}".encode()).hexdigest()
+    path = cache_folder() / f"{Path(source).stem}-{key[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        return path.read_bytes()
+    options = ProgramOptions(std="c++17", arch=architecture)
+    cubin = bytes(Compilation(text, code_type="c++", options=options).compile("cubin").code)
+    _store(path, cubin)
+    return cubin
+
+
+@cache
+def _compiler_version() -> str:
+    from cuda.bindings import nvrtc
+
+    _, major, minor = nvrtc.nvrtcVersion()
+    return f"{major}.{minor}"
+
+
+def _store(path: Path, content: bytes) -> None:
+    """Whole or not at all: several ranks compile the same kernel at the same time. A full disk only costs time."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
