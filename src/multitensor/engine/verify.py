@@ -2,10 +2,13 @@
 
 Two chains run over the same prompts. The *whole* one lives on rank 0 alone: its matrices stay on disk and pass through
 the device a few rows at a time, in float32 and plain torch, so a model larger than the device can be checked. The
-*split* one is the engine's own: resident weights, fast kernels, the real group. Each layer of the split chain is judged
-from the whole chain's hidden state, so that errors of the layers before do not blur it; beside that the split chain
-runs on its own from end to end, which gives the divergence of the logits. When a layer is out of tolerance its weights
-are compared bit by bit, and the first tensor and rank that disagree are named.
+*split* one is the engine's own: resident weights and the real group.
+
+Each layer of the split chain starts from the whole chain's hidden state, so that errors of the layers before do not
+blur it, and runs twice: in exact float32, where nothing but a wrong weight or a wrong cut can make a difference, and as
+the engine runs it, where roundings of the compute dtype (and of activations to 8 bits) are allowed for. Beside that the
+engine's chain runs on its own from end to end, which gives the divergence of the logits. When a layer is out of
+tolerance its weights are compared bit by bit, and the first tensor and rank that disagree are named.
 """
 
 from __future__ import annotations
@@ -21,12 +24,13 @@ from multitensor.config import EngineConfig
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.dispatch import make_kernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_tensors
 from multitensor.loading.streamed import StreamingKernels, stream_weights, whole_rows
 from multitensor.model.attention import KVCache, Step
-from multitensor.model.decoder import Decoder
-from multitensor.model.embedding import EMBEDDING, lm_head_name
+from multitensor.model.decoder import Decoder, DecoderLayer
+from multitensor.model.embedding import EMBEDDING, LMHead, lm_head_name
 from multitensor.parallel.group import SingleGroup
 from multitensor.sharding.plan import Plan, Ratios, Slice, TensorPlan, make_plan
 
@@ -36,9 +40,13 @@ if TYPE_CHECKING:
 KL_SCRATCH_BYTES = 64 << 20
 
 
+# Of a layer in exact float32. Sums taken in another order give up to 4e-6 on the models below.
+LAYER_TOLERANCE = 1e-4
+
+
 @dataclass(frozen=True)
 class Tolerance:
-    """layer: of a layer's error (see `_layer_error`); kl: of the mean Kullback-Leibler divergence, in nats."""
+    """layer: of a layer as the engine runs it (see `_layer_error`); kl: of the logits' mean divergence, in nats."""
 
     layer: float
     kl: float
@@ -47,26 +55,27 @@ class Tolerance:
 def tolerance(config: EngineConfig, plan: Plan, device: torch.device) -> Tolerance:
     """What rounding alone explains, times two or more; a wrong tensor gives errors of about 1.
 
-    Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; float16 2e-3 and
-    7e-5; bfloat16 4e-2 and 8e-3; float32 with a float16 cache 3e-3 and 4e-6; 8-bit activations see `kernels/cpu`.
+    Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; with a float16
+    cache 3e-3 and 4e-6; float16 3e-3 and 7e-5; bfloat16 4e-2 and 8e-3; activations rounded to 8 bits 2e-1 and 3e-2.
     """
-    if config.dtype == "bfloat16":
-        return Tolerance(layer=1e-1, kl=3e-2)
     if not config.exact and device.type == "cpu":
-        return Tolerance(layer=1e-1, kl=3e-2)
-    if config.dtype == "float16":
+        return Tolerance(layer=5e-1, kl=1e-1)
+    if config.dtype == "bfloat16" or plan.kv_type == "bf16":
+        return Tolerance(layer=1.5e-1, kl=3e-2)
+    if config.dtype == "float16" or plan.kv_type == "f16":
         return Tolerance(layer=2e-2, kl=1e-3)
-    return Tolerance(layer=1e-4, kl=1e-6) if plan.kv_type == "f32" else Tolerance(layer=1e-2, kl=1e-4)
+    return Tolerance(LAYER_TOLERANCE, kl=1e-6)
 
 
 def verify(runner: ModelRunner, prompts: list[list[int]]) -> dict[str, Any]:
     """Collective: every rank calls it between steps, and every rank returns the same JSON-serialisable result:
 
-    ok; layers: one {"layer", "error", "max_error", "rms", "drift"} each: error is what is judged, max_error and rms are
-    those of the layer's output from the same input, relative to its largest element, drift is max_error of the chain
-    that ran on its own; embedding_error, lm_head_error; kl_mean, kl_max: of whole || split, a position each;
-    top1_agreement; whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank, or
-    None; tolerance, kl_tolerance. Raises InputError for prompts that do not fit one step.
+    ok; layers: one {"layer", "error", "run_error", "max_error", "rms", "drift"} each: error (exact float32) and
+    run_error (as the engine runs) are judged; max_error and rms are run_error's difference relative to the largest
+    element and to the mean square of the layer's output; drift is max_error of the chain that ran on its own;
+    embedding_error, lm_head_error: exact; kl_mean, kl_max: of whole || split over the positions; top1_agreement;
+    whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank, or None;
+    tolerance, run_tolerance, kl_tolerance. Raises InputError for prompts longer than the context.
     """
     with torch.inference_mode():
         return _Verification(runner, prompts).run()
@@ -104,7 +113,10 @@ class _Verification:
         self.ids = torch.tensor([token for prompt in prompts for token in prompt], device=self.device)
         self.inputs = _inputs(self.lengths, self.plan.block_size, self.device)
         self.split = runner.decoder
-        self.split_cache = _scratch_cache(self.inputs, self.plan, runner.rank, runner.caches[0][0].dtype, self.device)
+        kv_dtype = runner.caches[0][0].dtype
+        self.cache = _scratch_cache(self.inputs, self.plan, runner.rank, kv_dtype, self.device)
+        self.exact_cache = _scratch_cache(self.inputs, self.plan, runner.rank, torch.float32, self.device)
+        self.exact_kernels = make_kernels(self.device, exact=True)
         self.whole = _WholeChain(runner, self.ids, self.inputs, max(self.lengths)) if runner.rank == 0 else None
         self.bad: tuple[str, int] | None = None
         self.ok = True
@@ -115,36 +127,42 @@ class _Verification:
         own_x = self.split.embedding(self.ids)
         embedding_error = self._judge(_layer_error(own_x, whole_x, torch.zeros_like(whole_x)), [EMBEDDING])
         own = (self.split.first_norm(own_x), own_x)
-        normed = own[0]
         layers = []
+        exact_hidden = own[0]
         for index, layer in enumerate(self.split.layers):
-            normed, restarted = self._restarted_layer(index, whole_x, step)
-            own = layer(*own, step, self.split_cache)
+            exact_hidden, exact = self._exact_layer(index, whole_x, step)
+            _, as_run = layer(self._normed(index, whole_x), whole_x.clone(), step, self.cache)
+            own = layer(*own, step, self.cache)
             before = whole_x
             if self.whole:
                 self.whole.run_layer(index)
             whole_x = self._share(self.whole.residual if self.whole else None)
-            error = self._judge(_layer_error(restarted, whole_x, before), self._layer_tensors(index))
+            names = [t.name for t in self.plan.tensors.values() if t.decl.layer == index]
             layers.append(
                 {
                     "layer": index,
-                    "error": error,
-                    "max_error": _max_error(restarted, whole_x),
-                    "rms": _rms_error(restarted, whole_x),
+                    "error": self._judge(_layer_error(exact, whole_x, before), names),
+                    "run_error": self._judge(_layer_error(as_run, whole_x, before), names, self.tolerance.layer),
+                    "max_error": _max_error(as_run, whole_x),
+                    "rms": _rms_error(as_run, whole_x),
                     "drift": _max_error(own[1], whole_x),
                 }
             )
         final = self._share(self.whole.hidden if self.whole else None)
         # Every rank normalises for itself, so every rank's result is looked at.
-        self._judge(_layer_error(normed.float(), final, torch.zeros_like(final)), ["output_norm.weight"])
+        self._judge(_layer_error(exact_hidden, final, torch.zeros_like(final)), ["output_norm.weight"])
         return self._report(embedding_error, layers, final, own[0])
 
-    def _restarted_layer(self, index: int, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
-        """The split layer's outputs from the whole chain's hidden state: (normalised, residual), each [T, hidden]."""
-        layer = self.split.layers[index]
-        residual = x.clone()
-        hidden = self.runner.kernels.rms_norm(residual, layer.first_norm, self.plan.spec.norm_eps).to(self.runner.dtype)
-        return layer(hidden, residual, step, self.split_cache)
+    def _normed(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """The layer's input of the stream x, in the compute dtype."""
+        weight = self.split.layers[index].first_norm
+        return self.runner.kernels.rms_norm(x, weight, self.plan.spec.norm_eps).to(self.runner.dtype)
+
+    def _exact_layer(self, index: int, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """The resident layer on the stream x in float32: (normalised, residual), each [T, hidden]."""
+        layer = DecoderLayer(self.plan, self.runner.rank, index, self.runner.weights, self.exact_kernels, self.group)
+        hidden = self.exact_kernels.rms_norm(x, layer.first_norm, self.plan.spec.norm_eps)
+        return layer(hidden, x.clone(), step, self.exact_cache)
 
     def _share(self, x: torch.Tensor | None) -> torch.Tensor:
         """Rank 0's float32 [T, hidden], on every rank: the sum with the others' zeros."""
@@ -152,11 +170,11 @@ class _Verification:
             x = torch.zeros((len(self.ids), self.plan.spec.hidden_size), device=self.device)
         return self.group.all_reduce(x.float().clone()).clone()
 
-    def _judge(self, error: float, names: Iterable[str]) -> float:
-        """The largest error of any rank. Out of tolerance: looks for the tensor that is wrong, once."""
+    def _judge(self, error: float, names: Iterable[str], limit: float = LAYER_TOLERANCE) -> float:
+        """The largest error of any rank. Beyond the limit: looks for the tensor that is wrong, once."""
         errors: list[float] = self.group.gather_objects(error)  # type: ignore[assignment]
         worst = max(errors)
-        if worst > self.tolerance.layer:
+        if worst > limit:
             self.ok = False
             if self.bad is None:
                 self.bad = first_bad_tensor(self.runner, names)
@@ -169,11 +187,13 @@ class _Verification:
         self, embedding_error: float, layers: list[dict[str, Any]], whole_hidden: torch.Tensor, own_hidden: torch.Tensor
     ) -> dict[str, Any]:
         wanted = self.whole.decoder.logits(whole_hidden) if self.whole else None
-        restarted = self.split.logits(whole_hidden.to(self.runner.dtype))
+        exact_head = LMHead(self.plan, self.runner.rank, self.runner.weights, self.exact_kernels, self.group)
+        exact = exact_head(whole_hidden)
         logits = self.split.logits(own_hidden)
-        reference = restarted if wanted is None else wanted
-        nothing = torch.zeros_like(reference)
-        head_error = self._judge(_layer_error(restarted, reference, nothing), [lm_head_name(self.plan.spec)])
+        reference = exact if wanted is None else wanted
+        head_error = self._judge(
+            _layer_error(exact, reference, torch.zeros_like(reference)), [lm_head_name(self.plan.spec)]
+        )
         divergence = _kl_divergence(reference, logits)
         whole_top1, split_top1 = reference.argmax(-1), logits.argmax(-1)
         kl_mean = _finite(float(divergence.mean()))
@@ -190,7 +210,8 @@ class _Verification:
             "positions": len(self.ids),
             "first_bad_tensor": self.bad[0] if self.bad else None,
             "first_bad_rank": self.bad[1] if self.bad else None,
-            "tolerance": self.tolerance.layer,
+            "tolerance": LAYER_TOLERANCE,
+            "run_tolerance": self.tolerance.layer,
             "kl_tolerance": self.tolerance.kl,
         }
         return self.group.gather_objects(result)[0]  # type: ignore[return-value]
