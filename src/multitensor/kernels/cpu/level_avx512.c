@@ -59,6 +59,15 @@ INLINE void vf_store_f16(uint16_t *p, vf v)
 INLINE float half_to_float(uint16_t h) { return _cvtsh_ss(h); }
 INLINE uint16_t float_to_half(float value) { return _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+INLINE vf vf_load_u8(const uint8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+INLINE vf vf_load_i8(const int8_t *p)
+{
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
 /* 32 floats times `inverse`, rounded to integers; `sums`: of the first 16 and the last 16 */
 INLINE void quantize32(const float *x, float inverse, int8_t *q, int32_t sums[2])
 {

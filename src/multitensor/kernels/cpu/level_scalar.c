@@ -105,6 +105,9 @@ INLINE void vf_store_f16(uint16_t *p, vf v)
         p[i] = float_to_half(v[i]);
 }
 
+INLINE vf vf_load_u8(const uint8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
+INLINE vf vf_load_i8(const int8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
+
 /* 32 floats times `inverse`, rounded to integers; `sums`: of the first 16 and the last 16 */
 INLINE void quantize32(const float *x, float inverse, int8_t *q, int32_t sums[2])
 {

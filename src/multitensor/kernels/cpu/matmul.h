@@ -63,29 +63,50 @@ INLINE float e8m0_half(uint8_t e)
     return value;
 }
 
+/* One number a super-block, times `sign`, to each of its scale groups from `first` on. Writes up to VL - 1 numbers past
+ * the n-th; workspaces have room for them. */
+INLINE void spread_blocks(const uint8_t *halves, int64_t first, int64_t n, int64_t per_block, float sign, float *to)
+{
+    int64_t block = first / per_block, g = 0;
+    for (int64_t end = min_int(n, (block + 1) * per_block - first); g < n; end = g + per_block, block++) {
+        uint16_t half;
+        memcpy(&half, halves + 2 * block, sizeof half);
+        vf value = vf_set(sign * half_to_float(half));
+        for (; g < end; g += VL)
+            vf_store(to + g, value);
+        g = end;
+    }
+}
+
+INLINE vf vf_load_bytes(const uint8_t *p, int64_t n, int is_signed) /* the first min(n, VL) bytes as floats */
+{
+    uint8_t padded[VL] = {0};
+    if (n < VL) {
+        memcpy(padded, p, (size_t)n);
+        p = padded;
+    }
+    return is_signed ? vf_load_i8((const int8_t *)p) : vf_load_u8(p);
+}
+
 INLINE void super_block_scales(int type, const weight *w, int64_t row, int64_t first, int64_t n, float *scales,
                                float *minima)
 {
-    int64_t size = unit_weights(type_unit(type)), phase_groups = w->phase / size, per_block = 256 / size;
-    const uint8_t *d = plane_row(w, D, row), *packed = plane_row(w, SCALES, row) + first;
-    const uint8_t *dmin = type_has_minimum(type) ? plane_row(w, MINIMUM, row) : d;
+    int64_t size = unit_weights(type_unit(type)), begin = first + w->phase / size;
+    const uint8_t *packed = plane_row(w, SCALES, row) + first;
     const uint8_t *mins = type == Q4_K || type == Q5_K ? plane_row(w, MINS, row) + first : packed;
-    for (int64_t g = 0; g < n;) {
-        int64_t block = (phase_groups + first + g) / per_block;
-        int64_t end = min_int(n, (block + 1) * per_block - phase_groups - first);
-        float d_block = half_to_float(((const uint16_t *)d)[block]);
-        float m_block = type_has_minimum(type) ? -half_to_float(((const uint16_t *)dmin)[block]) : 0.0f;
-        for (; g < end; g++) {
-            if (type == Q2_K) {
-                scales[g] = d_block * (float)(packed[g] & 15);
-                minima[g] = m_block * (float)(packed[g] >> 4);
-            } else if (type == Q4_K || type == Q5_K) {
-                scales[g] = d_block * (float)packed[g];
-                minima[g] = m_block * (float)mins[g];
-            } else {
-                scales[g] = d_block * (float)(int8_t)packed[g];
-            }
+    spread_blocks(plane_row(w, D, row), begin, n, 256 / size, 1.0f, scales);
+    if (type_has_minimum(type))
+        spread_blocks(plane_row(w, MINIMUM, row), begin, n, 256 / size, -1.0f, minima);
+    for (int64_t g = 0; g < n; g += VL) {
+        vf scale = vf_load_bytes(packed + g, n - g, !type_has_minimum(type));
+        vf minimum = type == Q2_K ? vf_zero() : vf_load_bytes(mins + g, n - g, 0);
+        if (type == Q2_K) { /* scale in the low nibble, minimum in the high one: v / 16 rounded down (to +0, not -0) */
+            minimum = vf_add(vf_round(vf_sub(vf_mul(scale, vf_set(0.0625f)), vf_set(0.46875f))), vf_zero());
+            scale = vf_sub(scale, vf_mul(minimum, vf_set(16.0f)));
         }
+        vf_store(scales + g, vf_mul(vf_load(scales + g), scale));
+        if (type_has_minimum(type))
+            vf_store(minima + g, vf_mul(vf_load(minima + g), minimum));
     }
 }
 

@@ -134,8 +134,7 @@ static inline int64_t unit_weights(int unit)
 
 /* A thread's memory for products, carved from its scratch by carve_workspace(). */
 typedef struct {
-    float *scales, *minima;           /* up to 4 rows, `groups` apart */
-    int64_t groups;
+    float *scales, *minima;           /* of up to 4 rows, with some room behind them */
     float *rows;                      /* up to 4 rows of floats, or of codes */
     uint8_t *tile;                    /* packed: [columns / 4][rows] dwords of codes, or [columns][rows] floats */
     float *tile_scales, *tile_minima; /* [groups][rows] */
@@ -150,12 +149,11 @@ static inline int64_t padded_groups(int64_t padded, int unit)
 /* Returns the bytes that products of `padded` columns need; fills `work` unless it is null. */
 static inline int64_t carve_workspace(int64_t padded, void *scratch, workspace *work)
 {
-    int64_t groups = padded_groups(padded, UNIT16), tile = MAX_TILE_ROWS * TILE_COLS;
+    int64_t groups = padded_groups(padded, UNIT16) + 16, tile = MAX_TILE_ROWS * TILE_COLS;
     int64_t tile_groups = MAX_TILE_ROWS * TILE_COLS / 16 * (int64_t)sizeof(float);
     int64_t rows = 4 * padded * (int64_t)sizeof(float), scales = 4 * groups * (int64_t)sizeof(float);
     if (work) {
         uint8_t *base = scratch;
-        work->groups = groups;
         work->scales = (float *)base;
         work->minima = (float *)(base + scales);
         work->rows = (float *)(base + 2 * scales);
