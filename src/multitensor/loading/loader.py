@@ -1,9 +1,9 @@
 """Plan + checkpoint -> this rank's weights on its device, streamed (layer 6).
 
 A rank reads only the file bytes of its own slices: a range of rows is one contiguous range of the file, a range of
-columns is a strided set of blocks, widened to whole file blocks. Bytes go through a few fixed staging buffers (pinned
-when the device is a GPU) that reader threads fill while the chunk before is repacked on the device, so the host never
-holds more of the model than those buffers. Not one bit of a weight is changed.
+columns is a strided set of blocks, widened to whole file blocks. They pass through the host a chunk at a time: for a
+GPU through a few pinned buffers, which reader threads fill while the chunks before are repacked on the device; on a CPU
+each thread reads and repacks chunks of its own. Not one bit of a weight is changed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ Weight = QuantTensor | torch.Tensor
 
 CUDA_CHUNK_BYTES = 32 << 20
 CUDA_BUFFERS = 4
-CPU_CHUNK_BYTES = 4 << 20  # small: repacking makes temporaries of a few times the chunk
-CPU_BUFFERS = 2
+CPU_CHUNK_BYTES = 1 << 20  # repacking makes temporaries of a few times the chunk, in each thread
+CPU_THREADS = 16  # at most
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ class _Chunk:
         return self.rows * (self.stop_byte - self.start_byte)
 
 
+_Step = Callable[[_Chunk, torch.Tensor], None]  # what is done with a chunk and its bytes
+
+
 @dataclass
 class _Staging:
-    """One host buffer, its copy on the device (the same memory on a CPU), and the event after which it is free."""
+    """A pinned host buffer, its copy on the device, and the event after which the host buffer may be filled anew."""
 
     host: torch.Tensor
     device: torch.Tensor
-    free: torch.cuda.Event | None
+    free: torch.cuda.Event
 
 
 def load_rank(
@@ -109,14 +112,15 @@ def load_tensors(
     total = sum(chunk.nbytes for chunk in chunks)
     done = 0
     with ExitStack() as stack:
-        if on_gpu:
-            stack.enter_context(torch.cuda.device(device))  # events are recorded on the current device's stream
-        files = [stack.enter_context(open(path, "rb", buffering=0)) for path in checkpoint.files]
-        fds = [file.fileno() for file in files]
-        count = CUDA_BUFFERS if on_gpu else CPU_BUFFERS
-        staging = _make_staging(min(count, len(chunks)), max((c.nbytes for c in chunks), default=0), device)
-        for chunk, raw in _stream(checkpoint, fds, chunks, staging):
+        fds = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path in checkpoint.files]
+
+        def read(chunk: _Chunk, target: torch.Tensor) -> None:
+            _read(checkpoint, fds[chunk.info.file], chunk, target.numpy())
+
+        def store(chunk: _Chunk, raw: torch.Tensor) -> None:
             _store(weights[chunk.name], chunk, raw, columns[chunk.name])
+
+        for chunk in _through_gpu(chunks, read, store, device) if on_gpu else _through_cpu(chunks, read, store):
             done += chunk.nbytes
             if progress is not None:
                 progress(done, total)
@@ -124,8 +128,6 @@ def load_tensors(
         for name, weight in weights.items():
             if isinstance(weight, torch.Tensor) and name.endswith("_norm.weight"):
                 weight += norm_offset
-    if on_gpu:
-        torch.cuda.synchronize(device)  # the pinned buffers are read until here
     return weights
 
 
@@ -179,53 +181,64 @@ def _chunks(tensor: TensorPlan, rows: tuple[Slice, ...], cols: Slice, limit: int
             target += count
 
 
-def _make_staging(count: int, nbytes: int, device: torch.device) -> list[_Staging]:
-    staging = []
-    for _ in range(count):
-        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        if device.type == "cuda":
-            staging.append(_Staging(host, torch.empty(nbytes, dtype=torch.uint8, device=device), torch.cuda.Event()))
-        else:
-            staging.append(_Staging(host, host, None))
-    return staging
+def _through_cpu(chunks: list[_Chunk], read: _Step, store: _Step) -> Iterator[_Chunk]:
+    """Reads and stores the chunks, several at a time; yields each, in order, when it is done."""
+
+    @torch.inference_mode()  # a thread has a mode of its own; `verify` allocates in inference mode
+    def work(chunk: _Chunk) -> _Chunk:
+        raw = torch.empty(chunk.nbytes, dtype=torch.uint8)
+        read(chunk, raw)
+        store(chunk, raw.view(chunk.rows, -1))
+        return chunk
+
+    # Chunks are too small for torch's own threads, which would spin against each other.
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(min(threads, CPU_THREADS), "weights", torch.set_num_threads, (1,)) as pool:
+            yield from pool.map(work, chunks)
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _stream(
-    checkpoint: Checkpoint, fds: list[int], chunks: list[_Chunk], staging: list[_Staging]
-) -> Iterator[tuple[_Chunk, torch.Tensor]]:
-    """Each chunk with its bytes on the device, uint8 [rows, bytes], in order; valid until the next one is taken.
+def _through_gpu(chunks: list[_Chunk], read: _Step, store: _Step, device: torch.device) -> Iterator[_Chunk]:
+    """Reads the chunks into pinned buffers ahead, as many as there are; copies and stores one after the other.
 
-    As many chunks as there are buffers are being read ahead. On a GPU a buffer is handed to its reader again at
-    once, and the reader waits for the event that says that the device has done with it.
+    A buffer is handed to its reader again at once; the reader waits for the event that says that the copy has ended.
     """
+    if not chunks:
+        return
+    nbytes = max(chunk.nbytes for chunk in chunks)
     pending: deque[tuple[_Chunk, _Staging, Future[None]]] = deque()
     upcoming = iter(chunks)
-    readers = max(1, len(staging) - 1)
-    with ThreadPoolExecutor(readers, thread_name_prefix="weights") as pool:
+
+    def fill(chunk: _Chunk, buffer: _Staging) -> None:
+        buffer.free.synchronize()
+        read(chunk, buffer.host[: chunk.nbytes])
+
+    with torch.cuda.device(device), ThreadPoolExecutor(CUDA_BUFFERS - 1, "weights") as pool:
 
         def read_ahead(buffer: _Staging) -> None:
             chunk = next(upcoming, None)
             if chunk is not None:
-                pending.append((chunk, buffer, pool.submit(_read, checkpoint, fds[chunk.info.file], chunk, buffer)))
+                pending.append((chunk, buffer, pool.submit(fill, chunk, buffer)))
 
-        for buffer in staging:
-            read_ahead(buffer)
+        for _ in range(min(CUDA_BUFFERS, len(chunks))):
+            host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            read_ahead(_Staging(host, torch.empty(nbytes, dtype=torch.uint8, device=device), torch.cuda.Event()))
         while pending:
             chunk, buffer, future = pending.popleft()
             future.result()
-            if buffer.free is not None:
-                buffer.device[: chunk.nbytes].copy_(buffer.host[: chunk.nbytes], non_blocking=True)
-            yield chunk, buffer.device[: chunk.nbytes].view(chunk.rows, -1)
-            if buffer.free is not None:
-                buffer.free.record()
+            raw = buffer.device[: chunk.nbytes]
+            raw.copy_(buffer.host[: chunk.nbytes], non_blocking=True)
+            buffer.free.record()
+            store(chunk, raw.view(chunk.rows, -1))
             read_ahead(buffer)
+            yield chunk
+        torch.cuda.synchronize(device)
 
 
-def _read(checkpoint: Checkpoint, fd: int, chunk: _Chunk, buffer: _Staging) -> None:
-    """Fills the host buffer with the chunk's bytes; runs in a reader thread. Raises InputError at an early end."""
-    if buffer.free is not None:
-        buffer.free.synchronize()
-    target = buffer.host[: chunk.nbytes].numpy()
+def _read(checkpoint: Checkpoint, fd: int, chunk: _Chunk, target: np.ndarray) -> None:
+    """Fills `target` with the chunk's bytes. Raises InputError when the file ends early."""
     begin = chunk.row * chunk.row_bytes
     if chunk.nbytes == chunk.rows * chunk.row_bytes:
         _read_contiguous(fd, chunk, target, chunk.info.offset + begin)
