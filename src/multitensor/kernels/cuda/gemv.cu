@@ -612,23 +612,48 @@ __device__ __forceinline__ unsigned short pack(float v) {
     return r;
 }
 
-// y[tokens][rows] in x's type, or float32 (FLOAT_OUT: partial sums before a reduction).
-template <class T, int STAGES, bool EXACT, bool BFLOAT, bool FLOAT_OUT>
-__device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __restrict__ x, void* __restrict__ y, int rows,
-                                          int columns, int phase, int n_kb, int tokens) {
+// Up to three matrices with the same columns, one behind the other in the result: q, k, v; gate, up. A matrix is of type A,
+// or of type B where its bit in `kinds` is set.
+struct Matrices {
+    const u8 *w0, *w1, *w2;
+    int rows0, rows1, rows2;
+    int kinds;
+    // Selections, not an array: an array indexed at run time would live in local memory.
+    __device__ __forceinline__ const u8* w(int part) const { return part == 0 ? w0 : part == 1 ? w1 : w2; }
+    __device__ __forceinline__ int rows(int part) const { return part == 0 ? rows0 : part == 1 ? rows1 : rows2; }
+};
+
+__device__ __forceinline__ float activated(float g, int gelu) {
+    if (gelu) {
+        const float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
+        return 0.5f * g * (1.f + tanhf(inner));
+    }
+    return g / (1.f + __expf(-g));
+}
+
+// Where a copy or a sum stands: row group `group` of matrix `part`, super-block kb.
+struct Cursor {
+    int part, group, kb;
+};
+
+// y[tokens][all rows] in x's type, or float32 (FLOAT_OUT: partial sums before a reduction). GATED: two matrices of the same
+// rows; y[tokens][rows] = activation(first) * second.
+template <class A, class B, int STAGES, bool EXACT, bool BFLOAT, bool FLOAT_OUT, bool GATED>
+__device__ __forceinline__ void gemv_body(const Matrices& m, const u8* __restrict__ x, void* __restrict__ y,
+                                          const float* __restrict__ bias, int columns, int phase, int n_kb, int tokens, int gelu) {
     extern __shared__ __align__(128) u8 shared[];
+    constexpr int TILE = A::TILE > B::TILE ? A::TILE : B::TILE;
     const int batch = EXACT ? 2 * tokens : tokens;
     u8* ring = shared;
-    u64* bars = (u64*)(ring + (size_t)WARPS * STAGES * T::TILE);
-    float* part = (float*)(bars + WARPS * STAGES);  // [2][WARPS][128]
-    float* scale = part + 2 * WARPS * 128;
+    u64* bars = (u64*)(ring + (size_t)WARPS * STAGES * TILE);
+    float* partial = (float*)(bars + WARPS * STAGES);  // [2][WARPS][128]
+    float* scale = partial + 2 * WARPS * 128;
     u8* quants = (u8*)(scale + n_kb * 8);
     u8* sums = quants + (size_t)n_kb * 256 * batch;
 
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    const int groups = (rows + ROWS - 1) / ROWS;
     let_next_kernel_start();
-    u8* my_ring = ring + (size_t)warp * STAGES * T::TILE;
+    u8* my_ring = ring + (size_t)warp * STAGES * TILE;
     u64* my_bars = bars + warp * STAGES;
     if (lane == 0)
         for (int s = 0; s < STAGES; s++) barrier_init(my_bars + s);
@@ -636,13 +661,33 @@ __device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
     __syncwarp();
+    // Groups of all matrices count through: a cursor that has passed one's last goes on in the next.
+    auto settle = [&](Cursor& at) {
+        while (at.part < 3) {
+            const int groups = (m.rows(at.part) + ROWS - 1) / ROWS;
+            if (at.group < groups) break;
+            at.group -= groups;
+            at.part = GATED ? 3 : at.part + 1;
+        }
+    };
+    auto next_group = [&](Cursor& at) {
+        if (GATED && at.part == 0) { at.part = 1; return; }
+        if (GATED) at.part = 0;
+        at.group += gridDim.x;
+        settle(at);
+    };
+    auto is_b = [&](int part) { return (m.kinds >> part) & 1; };
     // The cursor of the copies runs STAGES tiles ahead of the sums.
-    int fill_group = blockIdx.x, fill_kb = warp;
+    Cursor ahead = {0, (int)blockIdx.x, warp};
+    settle(ahead);
     auto fill = [&](int stage) {
-        if (fill_kb < n_kb && fill_group < groups) {
-            ring_fill<T::TILE>(my_ring + (size_t)stage * T::TILE, w + ((size_t)fill_group * n_kb + fill_kb) * T::TILE, my_bars + stage, lane);
-            fill_kb += WARPS;
-            if (fill_kb >= n_kb) { fill_kb = warp; fill_group += gridDim.x; }
+        if (ahead.part < 3 && ahead.kb < n_kb) {
+            const size_t tile = (size_t)ahead.group * n_kb + ahead.kb;
+            u8* target = my_ring + (size_t)stage * TILE;
+            if (is_b(ahead.part)) ring_fill<B::TILE>(target, m.w(ahead.part) + tile * B::TILE, my_bars + stage, lane);
+            else ring_fill<A::TILE>(target, m.w(ahead.part) + tile * A::TILE, my_bars + stage, lane);
+            ahead.kb += WARPS;
+            if (ahead.kb >= n_kb) { ahead.kb = warp; next_group(ahead); }
         }
 #if HAS_ASYNC && !HAS_BULK
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -655,10 +700,14 @@ __device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __
     __syncthreads();
     const Activations act = {quants, sums, scale};
 
-    int stage = 0, buffer = 0;
+    int stage = 0, buffer = 0, total = m.rows0 + (GATED ? 0 : m.rows1 + m.rows2);
     u32 parity = 0;
-    for (int group = blockIdx.x; group < groups; group += gridDim.x) {
+    float gate = 0.f;
+    Cursor at = {0, (int)blockIdx.x, 0};
+    settle(at);
+    while (at.part < 3) {
         float acc[4] = {0.f, 0.f, 0.f, 0.f};
+        const bool second = is_b(at.part);
         for (int kb = warp; kb < n_kb; kb += WARPS) {
 #if HAS_BULK
             ring_wait(my_bars + stage, parity);
@@ -666,12 +715,14 @@ __device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __
             asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 1) : "memory");
             __syncwarp();
 #endif
-            T::tile(my_ring + (size_t)stage * T::TILE, act, kb, batch, lane, acc);
+            const u8* tile = my_ring + (size_t)stage * TILE;
+            if (second) B::tile(tile, act, kb, batch, lane, acc);
+            else A::tile(tile, act, kb, batch, lane, acc);
             __syncwarp();
             fill(stage);
             if (++stage == STAGES) { stage = 0; parity ^= 1; }
         }
-        *(float4*)(part + ((size_t)buffer * WARPS + warp) * 128 + lane * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
+        *(float4*)(partial + ((size_t)buffer * WARPS + warp) * 128 + lane * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
         __syncthreads();
         if (warp < 4) {
             // 128 results: thread i of the first four warps adds them up over warps, in warp order. Element e of lane
@@ -679,20 +730,24 @@ __device__ __forceinline__ void gemv_body(const u8* __restrict__ w, const u8* __
             const int i = threadIdx.x, owner = i >> 2, e = i & 3;
             float sum = 0.f;
 #pragma unroll
-            for (int v = 0; v < WARPS; v++) sum += part[((size_t)buffer * WARPS + v) * 128 + i];
-            const int row = group * ROWS + (owner >> 2) + (e >> 1) * 8;
+            for (int v = 0; v < WARPS; v++) sum += partial[((size_t)buffer * WARPS + v) * 128 + i];
+            const int row = at.group * ROWS + (owner >> 2) + (e >> 1) * 8;
             int n = (owner & 3) * 2 + (e & 1);
             if (EXACT) {
                 sum += __shfl_xor_sync(0xffffffff, sum, 1);  // high and low parts are neighbours
                 n = e & 1 ? batch : n >> 1;
             }
-            if (row < rows && n < tokens) {
-                const size_t at = (size_t)n * rows + row;
-                if (FLOAT_OUT) ((float*)y)[at] = sum;
-                else ((unsigned short*)y)[at] = pack<BFLOAT>(sum);
+            if (row < m.rows(at.part) && n < tokens) {
+                const int before = GATED ? 0 : (at.part > 0 ? m.rows0 : 0) + (at.part > 1 ? m.rows1 : 0);
+                if (bias) sum += bias[(GATED && at.part ? m.rows0 : before) + row];
+                const size_t out = (size_t)n * total + before + row;
+                if (GATED && at.part == 0) gate = activated(sum, gelu);
+                else if (FLOAT_OUT) ((float*)y)[out] = GATED ? gate * sum : sum;
+                else ((unsigned short*)y)[out] = pack<BFLOAT>(GATED ? gate * sum : sum);
             }
         }
         buffer ^= 1;
+        next_group(at);
     }
 }
 
@@ -743,6 +798,9 @@ __device__ __forceinline__ void expand_body(const u8* __restrict__ w, void* __re
 #ifndef TYPE
 #define TYPE Q4_K
 #endif
+#ifndef TYPE_B
+#define TYPE_B TYPE
+#endif
 #ifndef NSTAGES
 #define NSTAGES 2
 #endif
@@ -752,14 +810,17 @@ __device__ __forceinline__ void expand_body(const u8* __restrict__ w, void* __re
 #ifndef BFLOAT_MODE
 #define BFLOAT_MODE false
 #endif
-extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv(const u8* w, const u8* x, void* y, int rows, int columns,
-                                                              int phase, int n_kb, int tokens) {
-    gemv_body<TYPE, NSTAGES, EXACT_MODE, BFLOAT_MODE, false>(w, x, y, rows, columns, phase, n_kb, tokens);
-}
-extern "C" __global__ void __launch_bounds__(WARPS * 32) gemv_float(const u8* w, const u8* x, void* y, int rows, int columns,
-                                                                    int phase, int n_kb, int tokens) {
-    gemv_body<TYPE, NSTAGES, EXACT_MODE, BFLOAT_MODE, true>(w, x, y, rows, columns, phase, n_kb, tokens);
-}
+#define GEMV(name, float_out, gated)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 2) name(                                                        \
+        const u8* w0, const u8* w1, const u8* w2, const u8* x, void* y, const float* bias, int rows0, int rows1, int rows2,   \
+        int kinds, int columns, int phase, int n_kb, int tokens, int gelu) {                                                  \
+        const Matrices m = {w0, w1, w2, rows0, rows1, rows2, kinds};                                                                        \
+        gemv_body<TYPE, TYPE_B, NSTAGES, EXACT_MODE, BFLOAT_MODE, float_out, gated>(m, x, y, bias, columns, phase, n_kb,      \
+                                                                                    tokens, gelu);                            \
+    }
+GEMV(gemv, false, false)
+GEMV(gemv_float, true, false)
+GEMV(gemv_gated, false, true)
 
 #define EXPAND(name, kind)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(256) name(const u8* w, void* out, int rows, int columns, int phase, int n_kb, \

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Literal
 
 import torch
 
-from multitensor.kernels.cuda.program import Program, launch
+from multitensor.kernels.cuda.program import Program, launch, shared_limit
 from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor
 
 WARPS = 16
 STAGES = 2
+MAX_MATRICES = 3
 MAX_COLUMNS = 8  # of the tensor core's B operand: tokens, or half as many with 16-bit activations
+_NULL = torch.empty(0)  # its address is 0
 _EXPAND = {torch.float16: "expand_half", torch.bfloat16: "expand_bfloat", torch.float32: "expand_float"}
 
 
@@ -22,19 +26,20 @@ class TileKernels:
         self.device = device
         properties = torch.cuda.get_device_properties(device)
         self.blocks = properties.multi_processor_count
-        self.shared_limit = properties.shared_memory_per_block_optin
-        self._programs: dict[tuple[str, bool, torch.dtype], Program] = {}
+        self.shared_limit = shared_limit(device)
+        self._programs: dict[tuple[tuple[str, str], bool, torch.dtype], Program] = {}
 
     @cached_property
     def overlap(self) -> bool:
         """Programmatic dependent launch exists from compute capability 9.0 on."""
         return torch.cuda.get_device_capability(self.device) >= (9, 0)
 
-    def _program(self, type_name: str, wide: bool, dtype: torch.dtype) -> Program:
-        key = (type_name, wide, dtype)
+    def _program(self, types: tuple[str, str], wide: bool, dtype: torch.dtype) -> Program:
+        key = (types, wide, dtype)
         if key not in self._programs:
             defines = {
-                "TYPE": type_name,
+                "TYPE": types[0],
+                "TYPE_B": types[1],
                 "NWARPS": WARPS,
                 "NSTAGES": STAGES,
                 "EXACT_MODE": str(wide).lower(),
@@ -43,27 +48,58 @@ class TileKernels:
             self._programs[key] = Program("gemv.cu", defines, self.device)
         return self._programs[key]
 
-    def shared_bytes(self, w: TiledTensor, columns: int) -> int:
+    def shared_bytes(self, weights: Sequence[TiledTensor], columns: int) -> int:
         """Dynamic shared memory of a block: ring, barriers, partial sums, activations (see gemv_body)."""
-        ring = WARPS * STAGES * (TILE_BYTES[w.type_name] + 8)
-        return ring + 2 * WARPS * 512 + w.column_blocks * (32 + columns * (256 + 48))
+        ring = WARPS * STAGES * (max(TILE_BYTES[w.type.name] for w in weights) + 8)
+        return ring + 2 * WARPS * 512 + weights[0].column_blocks * (32 + columns * (256 + 48))
 
-    def takes(self, w: TiledTensor, tokens: int) -> bool:
-        """Whether one launch of `multiply` can do so many tokens with 8-bit activations."""
-        return 0 < tokens <= MAX_COLUMNS and self.shared_bytes(w, tokens) <= self.shared_limit
+    def takes(self, weights: Sequence[TiledTensor], tokens: int) -> bool:
+        """Whether one launch of `multiply` can do so many tokens: at most three matrices of at most two types."""
+        return (
+            0 < tokens <= MAX_COLUMNS
+            and len(weights) <= MAX_MATRICES
+            and len({w.type.name for w in weights}) <= 2
+            and len({(w.cols, w.phase) for w in weights}) == 1
+            and self.shared_bytes(weights, tokens) <= self.shared_limit
+        )
 
-    def multiply(self, x: torch.Tensor, w: TiledTensor, *, float_out: bool = False) -> torch.Tensor:
-        """x [T, cols], float16 or bfloat16, contiguous, T <= 8 -> [T, rows] in x's type, or float32.
+    def multiply(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[TiledTensor],
+        bias: torch.Tensor | None = None,
+        *,
+        float_out: bool = False,
+        gated: Literal["silu", "gelu_tanh"] | None = None,
+    ) -> torch.Tensor:
+        """x [T, cols], float16 or bfloat16, T <= 8 -> [T, rows of all weights], in x's type or float32.
 
-        Activations are 16-bit integers where they fit the operand (T <= 4 and shared memory), 8-bit ones beyond.
+        gated: two weights of the same rows -> [T, rows] of activation(first) * second.
+        bias: float32, of all rows. Activations are 16-bit integers where they fit the operand (T <= 4 and shared
+        memory), 8-bit ones beyond.
         """
         tokens = x.shape[0]
-        wide = 2 * tokens <= MAX_COLUMNS and self.shared_bytes(w, 2 * tokens) <= self.shared_limit
-        y = torch.empty((tokens, w.rows), dtype=torch.float32 if float_out else x.dtype, device=self.device)
-        shared = self.shared_bytes(w, tokens * (1 + wide))
-        kernel = self._program(w.type_name, wide, x.dtype).kernel("gemv_float" if float_out else "gemv")
-        arguments = (w.tiles, x, y, w.rows, w.cols, w.phase, w.column_blocks, tokens)
-        launch(kernel, min(self.blocks, w.tiles.shape[0]), 32 * WARPS, shared, arguments, overlap=self.overlap)
+        wide = 2 * tokens <= MAX_COLUMNS and self.shared_bytes(weights, 2 * tokens) <= self.shared_limit
+        types, kinds = _types(weights)
+        width = weights[0].rows if gated else sum(w.rows for w in weights)
+        y = torch.empty((tokens, width), dtype=torch.float32 if float_out else x.dtype, device=self.device)
+        name = "gemv_gated" if gated else "gemv_float" if float_out else "gemv"
+        kernel = self._program(types, wide, x.dtype).kernel(name)
+        pad = MAX_MATRICES - len(weights)
+        first = weights[0]
+        arguments = (
+            *(w.tiles for w in weights),
+            *[_NULL] * pad,
+            x.contiguous(),
+            y,
+            _NULL if bias is None else bias,
+            *(w.rows for w in weights),
+            *[0] * pad,
+            *(kinds, first.cols, first.phase, first.column_blocks, tokens, int(gated == "gelu_tanh")),
+        )
+        groups = first.tiles.shape[0] if gated else sum(w.tiles.shape[0] for w in weights)
+        shared = self.shared_bytes(weights, tokens * (1 + wide))
+        launch(kernel, min(self.blocks, groups), 32 * WARPS, shared, arguments, overlap=self.overlap)
         return y
 
     def expand(self, w: TiledTensor, dtype: torch.dtype, first_row: int = 0, rows: int | None = None) -> torch.Tensor:
@@ -85,11 +121,18 @@ class TileKernels:
     def _expand(
         self, w: TiledTensor, out: torch.Tensor, first: int, groups: int, rows: int, ids: torch.Tensor | None
     ) -> None:
-        kernel = self._program(w.type_name, True, torch.float16).kernel(_EXPAND[out.dtype])
+        name = w.type.name
+        kernel = self._program((name, name), True, torch.float16).kernel(_EXPAND[out.dtype])
         grid = -(-groups * w.column_blocks // 8)
-        null = _Null if ids is None else ids
-        arguments = (w.tiles, out, rows, w.cols, w.phase, w.column_blocks, first, groups, null)
+        arguments = (
+            *(w.tiles, out, rows, w.cols, w.phase, w.column_blocks, first, groups),
+            _NULL if ids is None else ids,
+        )
         launch(kernel, grid, 256, 0, arguments)
 
 
-_Null = torch.empty(0)  # data_ptr() of an empty tensor is 0
+def _types(weights: Sequence[TiledTensor]) -> tuple[tuple[str, str], int]:
+    """The two types that the weights have (the same twice where there is one), and a bit a weight of the second."""
+    names = [w.type.name for w in weights]
+    other = next((name for name in names if name != names[0]), names[0])
+    return (names[0], other), sum(1 << i for i, name in enumerate(names) if name != names[0])

@@ -38,8 +38,8 @@ class Program:
         self._module = ObjectCode.from_cubin(_compiled(source, defines, f"sm_{major}{minor}"))
         self._kernels: dict[str, Any] = {}
 
-    def kernel(self, name: str, shared_bytes: int = 0) -> Any:
-        """A kernel by its extern "C" name; shared_bytes above 48 KiB are allowed for it up to the device's limit."""
+    def kernel(self, name: str) -> Any:
+        """A kernel by its extern "C" name, allowed all the shared memory that the device has for a block."""
         if name not in self._kernels:
             kernel = self._module.get_kernel(name)
             _allow_shared(kernel, self._device)
@@ -82,12 +82,23 @@ def _stream(handle: int) -> Any:
     return Stream.from_handle(handle)
 
 
+@cache
+def shared_limit(device: torch.device) -> int:
+    """Bytes of shared memory that one block may ask for."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+    error, limit = driver.cuDeviceGetAttribute(attribute, device.index or 0)
+    if int(error) != 0:
+        raise RuntimeError(f"cuDeviceGetAttribute: {error}")
+    return int(limit)
+
+
 def _allow_shared(kernel: Any, device: torch.device) -> None:
     from cuda.bindings import driver
 
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, limit, kernel.handle, device.index or 0)
+    (error,) = driver.cuKernelSetAttribute(attribute, shared_limit(device), kernel.handle, device.index or 0)
     if int(error) != 0:
         raise RuntimeError(f"cuKernelSetAttribute: {error}")
 

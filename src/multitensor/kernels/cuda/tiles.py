@@ -38,22 +38,16 @@ _CHUNK_GROUPS = 64  # row groups packed at a time: bounds the scratch
 
 
 @dataclass(frozen=True)
-class TiledTensor:
-    """`rows` x `cols` weights as uint8 tiles [row groups, column blocks, tile bytes]; phase as QuantTensor's."""
+class TiledTensor(QuantTensor):
+    """A QuantTensor whose one plane is "tiles": uint8 [row groups, column blocks, tile bytes]."""
 
-    type_name: str
-    rows: int
-    cols: int
-    tiles: torch.Tensor
-    phase: int
+    @property
+    def tiles(self) -> torch.Tensor:
+        return self.planes["tiles"]
 
     @property
     def column_blocks(self) -> int:
         return self.tiles.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.tiles.numel()
 
 
 def to_tiles(w: QuantTensor) -> TiledTensor:
@@ -63,7 +57,7 @@ def to_tiles(w: QuantTensor) -> TiledTensor:
     for first in range(0, groups, _CHUNK_GROUPS):
         count = min(_CHUNK_GROUPS, groups - first)
         tiles[first : first + count] = _pack(w, first * ROWS, count, blocks)
-    return TiledTensor(w.type.name, w.rows, w.cols, tiles, w.phase)
+    return TiledTensor(w.type, w.rows, w.cols, {"tiles": tiles}, w.phase)
 
 
 def _pack(w: QuantTensor, row: int, groups: int, blocks: int) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""Tiled weights on a GPU: every type, cut anywhere, against the planes' own numbers in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import random_weights as rw
+
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
+from multitensor.kernels.dequantize import dequantize
+
+pytestmark = pytest.mark.gpu
+CUTS = [(40, 1024, 0, 1024), (264, 2048, 96, 96 + 1184), (2048, 4096, 0, 4096)]
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from multitensor.kernels.cuda.matrix import TileKernels
+
+    return TileKernels(torch.device("cuda:0"))
+
+
+def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int = 7) -> tuple[TiledTensor, torch.Tensor]:
+    kind = rw.QUANT_TYPES[name]
+    planes = rw.slice_of(kind, rw.random_raw(kind, rows, cols, seed, 0.01), start, stop, "cuda")
+    return to_tiles(planes), dequantize(planes)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", TILE_BYTES)
+@pytest.mark.parametrize("cut", CUTS)
+def test_expansion_is_bit_for_bit(kernels, name: str, cut: tuple[int, int, int, int]) -> None:
+    tiled, numbers = weight(name, *cut)
+    assert torch.equal(kernels.expand(tiled, torch.float32), numbers)
+    assert torch.equal(kernels.expand(tiled, torch.float32, 16, 17), numbers[16:33])
+    assert torch.equal(kernels.expand(tiled, torch.bfloat16), numbers.bfloat16())
+    ids = torch.tensor([0, 39, 17, 17, 5], device="cuda")
+    assert torch.equal(kernels.gather(tiled, ids, torch.float32), numbers[ids])
+
+
+@pytest.mark.parametrize("name", TILE_BYTES)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products(kernels, name: str, cut: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """16-bit activations up to four tokens: 2e-3 and far below; 8-bit ones beyond: 1.5e-2 on these few terms."""
+    tiled, numbers = weight(name, *cut)
+    for tokens in (1, 2, 4, 5, 8):
+        x = torch.randn(tokens, tiled.cols, device="cuda", dtype=dtype)
+        bias = torch.randn(tiled.rows, device="cuda")
+        wanted = x.double() @ numbers.double().T
+        found = kernels.multiply(x, [tiled], float_out=True)
+        assert error(found, wanted) < (1e-4 if tokens <= 4 else 1.5e-2)
+        rounded = kernels.multiply(x, [tiled], bias)
+        assert error(rounded, wanted + bias) < (5e-3 if tokens <= 4 else 1.5e-2)
+
+
+def test_three_matrices_of_two_types(kernels) -> None:
+    parts = [
+        weight("Q4_K", 512, 2048, 0, 2048, 1),
+        weight("Q4_K", 96, 2048, 0, 2048, 2),
+        weight("Q6_K", 96, 2048, 0, 2048, 3),
+    ]
+    x = torch.randn(3, 2048, device="cuda", dtype=torch.float16)
+    bias = torch.randn(704, device="cuda")
+    found = kernels.multiply(x, [tiled for tiled, _ in parts], bias, float_out=True)
+    wanted = x.double() @ torch.cat([numbers for _, numbers in parts]).double().T + bias
+    for columns in (slice(0, 512), slice(512, 608), slice(608, 704)):
+        assert error(found[:, columns], wanted[:, columns]) < 1e-4
+
+
+@pytest.mark.parametrize("types", [("Q4_K", "Q4_K"), ("Q5_0", "Q8_0")])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [256, 4096])
+def test_gated(kernels, types: tuple[str, str], kind: str, rows: int) -> None:
+    (gate, g), (up, u) = (weight(name, rows, 1024, 0, 1024, seed) for seed, name in enumerate(types))
+    x = torch.randn(2, 1024, device="cuda", dtype=torch.bfloat16)
+    scale = float((x.double() @ g.double().T).std())
+    wanted_gate = x.double() @ g.double().T
+    act = (
+        torch.nn.functional.silu(wanted_gate)
+        if kind == "silu"
+        else torch.nn.functional.gelu(wanted_gate, approximate="tanh")
+    )
+    wanted = act * (x.double() @ u.double().T)
+    found = kernels.multiply(x, [gate, up], gated=kind)
+    assert scale > 0
+    assert error(found, wanted) < 6e-3
