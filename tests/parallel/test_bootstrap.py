@@ -8,7 +8,14 @@ import pytest
 import torch
 from rank_fakes import make_config, make_plan
 
-from multitensor.engine.bootstrap import Bootstrap, Failure, cpu_threads_per_rank, describe_failure, device_kind
+from multitensor.engine.bootstrap import (
+    Bootstrap,
+    Failure,
+    cpu_threads_per_rank,
+    describe_failure,
+    device_kind,
+    rank_environment,
+)
 from multitensor.engine.torchrun import torchrun_world
 from multitensor.errors import CheckFailed, DoesNotFit, InputError, RankFailed
 
@@ -72,6 +79,12 @@ def test_threads_are_dealt_out() -> None:
     assert cpu_threads_per_rank(make_plan(7), {}) == max(1, cores // 7)
     assert cpu_threads_per_rank(make_plan(1), {"OMP_NUM_THREADS": "1"}) == 1
     assert cpu_threads_per_rank(make_plan(1), {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}) == cores
+
+
+def test_the_users_openmp_settings_are_kept() -> None:
+    assert rank_environment({}, 3)["OMP_NUM_THREADS"] == "3"
+    assert "GOMP_SPINCOUNT" in rank_environment({}, 3)
+    assert "GOMP_SPINCOUNT" not in rank_environment({"OMP_WAIT_POLICY": "active"}, 3)
 
 
 def test_torchrun_world() -> None:

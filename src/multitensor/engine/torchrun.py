@@ -20,7 +20,7 @@ from multitensor.errors import InputError, RankFailed
 _HELLO = struct.Struct("<i")
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid (Linux man page unix(7), SO_PEERCRED)
 _FDS = 4
-_PATIENCE = 120.0  # seconds to wait for an engine when rank 0's process is not to be seen
+_PATIENCE = 120.0  # seconds to wait for an engine when something else than torchrun started the processes
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ def knock(world: World) -> tuple[socket.socket, list[int]] | None:
     """A rank's side: waits for the engine. (connection, file descriptors), or None when rank 0's process ended without
     ever starting an engine (after `--help`, say, or an error, which it has printed itself)."""
     engine = _find_rank_zero()
+    if engine is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        return None  # torchrun starts rank 0 first, so it has ended already
     launcher = os.getppid()
     patience = time.monotonic() + _PATIENCE
     while os.getppid() == launcher and (_is_running(engine) if engine else time.monotonic() < patience):
@@ -112,17 +114,27 @@ def _peer(connection: socket.socket) -> tuple[int, int]:
 
 
 def _find_rank_zero() -> tuple[int, str] | None:
-    """(pid, start time) of the process beside this one, of the same parent, that has RANK=0; None if it is not found,
-    as when a wrapper script stands between torchrun and its ranks."""
+    """(pid, start time) of rank 0's process, or of the wrapper script around it: the launcher's child with RANK=0."""
+    launcher = os.getppid()
+    while any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in _environment(launcher)):  # a wrapper around us
+        launcher = int(_stat(launcher)[1])
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 fields = _stat(int(entry.name))
-                if int(fields[1]) == os.getppid() and b"RANK=0" in (entry / "environ").read_bytes().split(b"\0"):
-                    return int(entry.name), fields[19]
-            except (OSError, IndexError):
+            except OSError:
                 continue
+            if int(fields[1]) == launcher and b"RANK=0" in _environment(int(entry.name)):
+                return int(entry.name), fields[19]
     return None
+
+
+def _environment(pid: int) -> list[bytes]:
+    """What the process was started with; nothing for one that has ended or is another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _stat(pid: int) -> list[str]:
