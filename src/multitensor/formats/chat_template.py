@@ -8,6 +8,7 @@ What then still reads as a control token is the template's, every character of i
 A template may look at what it is given (`'</think>' in content`), and decide differently when it is shielded. Literals
 of the template that cannot be part of a control token stay readable therefore, and if the two renderings still differ,
 only the control tokens that users typed, and beginnings and ends of such at the edges of their texts, are shielded.
+That rendering counts if it has the control tokens of the fully shielded one, which are certain to be the template's.
 """
 
 from __future__ import annotations
@@ -191,9 +192,20 @@ class _Renderer:
         text = _text(plain)
         if "text" not in safe or safe["text"].translate(to_plain) != text:
             names_only = shielded(lambda text: self._hide_names(text, to_private))
-            safe = self.process.render(template, [names_only])[0]
+            closer = self.process.render(template, [names_only])[0]
+            if "text" not in safe or self._same_control(closer, safe):
+                safe = closer
         pieces = self._tokenizer.split_control(_text(safe))
         return [piece if isinstance(piece, int) else piece.translate(to_plain) for piece in pieces]
+
+    def _same_control(self, one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+        """Whether two renderings have the same control tokens: a template that changes letters could make one of text
+        that is none."""
+
+        def control(result: Mapping[str, str]) -> list[Part]:
+            return [part for part in self._tokenizer.split_control(result.get("text", "")) if isinstance(part, int)]
+
+        return control(one) == control(other)
 
     def _harmless_literals(self, template: str) -> re.Pattern[str]:
         """Finds the template's own literals that no control token can share a character with, wherever they stand."""
