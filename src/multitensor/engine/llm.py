@@ -286,8 +286,8 @@ class LLM:
         from multitensor.formats.chat_template import render_chat
 
         conversation = [dict(message) for message in messages]
-        extra = {} if tools is None else {"tools": [dict(tool) for tool in tools]}
-        return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, **extra)
+        known = None if tools is None else [dict(tool) for tool in tools]
+        return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, tools=known)
 
     # --- looking at the model ---
 
