@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result:
-    """tokens_per_second: median over the repetitions, all sequences together. weight_bytes_per_second: resident
-    weight bytes of the fullest rank times forward passes a second (decode only; the floor is the memory's bandwidth)."""
+    """tokens_per_second: median over the repetitions, all sequences together.
+    weight_bytes_per_second: resident weight bytes of the fullest rank times forward passes a second (decode only; the
+    floor is the memory's bandwidth)."""
 
     test: str
     ranks: int
@@ -50,7 +51,10 @@ def command(
     kv_type: options.KvType = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode of MODEL, warm, as medians: multitensor bench MODEL -p 512,4096 -n 128 -b 1,4 --tp 1,2."""
+    """Measure prefill and decode of MODEL, warm, as medians.
+
+    multitensor bench MODEL -p 512,4096 -n 128 -b 1,4 --tp 1,2
+    """
     from multitensor import LLM
 
     prompts, counts, batches = _numbers("-p", prompt), _numbers("-n", generate), _numbers("-b", batch)

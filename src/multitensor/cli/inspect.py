@@ -32,7 +32,10 @@ def command(
     if as_json:
         summary["metadata"] = dict(_short_metadata(checkpoint.metadata))
         summary["tensors"] = [
-            {"name": t.name, "shape": list(t.shape), "type": t.type.name, "file": t.file, "offset": t.offset, "bytes": t.nbytes}
+            {
+                **{"name": t.name, "shape": list(t.shape), "type": t.type.name},
+                **{"file": t.file, "offset": t.offset, "bytes": t.nbytes},
+            }
             for t in checkpoint.tensors.values()
         ]
         typer.echo(json.dumps(summary, default=str))

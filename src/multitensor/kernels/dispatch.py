@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import warnings
+
 import torch
 
 from multitensor.kernels.cpu import native
@@ -12,7 +15,7 @@ __all__ = ["Kernels", "make_kernels"]
 
 
 def make_kernels(device: torch.device, exact: bool, threads: int | None = None) -> Kernels:
-    """The best kernels for a device: native ones on a CPU where they are built, plain torch everywhere else.
+    """The best kernels for a device: native ones on a CPU where they are built, CUDA C++ on NVIDIA GPUs, else torch.
 
     exact: activations are never rounded to 8 bits. threads: CPU threads of this rank's native kernels (None: as many
     as torch uses).
@@ -21,4 +24,14 @@ def make_kernels(device: torch.device, exact: bool, threads: int | None = None) 
         built = native.load(threads or torch.get_num_threads())
         if built is not None:
             return CpuKernels(device, exact, built)
+    if device.type == "cuda" and not exact:
+        if importlib.util.find_spec("cuda.core") is not None:
+            from multitensor.kernels.cuda.cuda_kernels import CudaKernels
+
+            return CudaKernels(device, exact)
+        warnings.warn(
+            "cuda-core is not installed, so quantised weights are computed by plain torch, slowly: "
+            "pip install 'multitensor[cuda]'",
+            stacklevel=2,
+        )
     return Kernels(device, exact)

@@ -33,3 +33,8 @@ class QuantTensor:
     @property
     def nbytes(self) -> int:
         return sum(plane.numel() * plane.element_size() for plane in self.planes.values())
+
+    def expanded(self, rows: slice | torch.Tensor | None) -> torch.Tensor | None:
+        """float32 [rows, cols] where a device's own layout has replaced the planes; None: the planes are all there is
+        to know, and kernels/dequantize.py reads them."""
+        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -25,6 +25,20 @@ class Kernels:
         self.device = device
         self.exact = exact
         self._head_groups: dict[tuple[tuple[int, ...], int], HeadGroups] = {}
+
+    def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
+        """A rank's weights, just loaded, in the layout that these kernels want: once, before the model is built."""
+        return dict(weights)
+
+    def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
+        """hidden [S, w.cols] -> float32 [S, w.rows]. Sums of bfloat16 products are kept in float32: rounded to
+        bfloat16 they would be worth no more than three digits, and close candidates would change places."""
+        plane = w.planes.get("weight")
+        if plane is not None and plane.is_cuda and plane.dtype == hidden.dtype != torch.float32:
+            if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+                return torch.mm(hidden, plane.T, out_dtype=torch.float32)
+            return self.linear(hidden, w).float()
+        return self.linear(hidden.float(), w)
 
     def linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [T, w.cols] -> [T, w.rows]; see reference.linear."""

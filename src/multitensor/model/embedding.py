@@ -60,13 +60,7 @@ class LMHead:
         return logits
 
     def _local(self, hidden: torch.Tensor) -> torch.Tensor:
-        """This rank's logits. Sums of bfloat16 products are kept in float32: rounded to bfloat16 they would be worth
-        no more than three digits, and close candidates would change places."""
+        """This rank's logits."""
         if self.weight is None:
             return hidden.new_zeros((hidden.shape[0], 0), dtype=torch.float32)
-        plane = self.weight.planes.get("weight")
-        if plane is not None and plane.is_cuda and plane.dtype == hidden.dtype != torch.float32:
-            if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
-                return torch.mm(hidden, plane.T, out_dtype=torch.float32)
-            return self.kernels.linear(hidden, self.weight).float()
-        return self.kernels.linear(hidden.float(), self.weight)
+        return self.kernels.logits(hidden, self.weight)

@@ -37,9 +37,17 @@ TILE_BYTES = {
 _CHUNK_GROUPS = 64  # row groups packed at a time: bounds the scratch
 
 
+Expander = Callable[["TiledTensor", "slice | torch.Tensor | None"], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class TiledTensor(QuantTensor):
-    """A QuantTensor whose one plane is "tiles": uint8 [row groups, column blocks, tile bytes]."""
+    """A QuantTensor whose one plane is "tiles": uint8 [row groups, column blocks, tile bytes].
+
+    expander makes numbers of it where something else than the matrix kernels asks for them.
+    """
+
+    expander: Expander | None = None
 
     @property
     def tiles(self) -> torch.Tensor:
@@ -49,15 +57,18 @@ class TiledTensor(QuantTensor):
     def column_blocks(self) -> int:
         return self.tiles.shape[1]
 
+    def expanded(self, rows: slice | torch.Tensor | None) -> torch.Tensor | None:
+        return None if self.expander is None else self.expander(self, rows)
 
-def to_tiles(w: QuantTensor) -> TiledTensor:
+
+def to_tiles(w: QuantTensor, expander: Expander | None = None) -> TiledTensor:
     """Packs a slice of one of the types in TILE_BYTES."""
     groups, blocks = -(-w.rows // ROWS), -(-(w.phase + w.cols) // COLUMNS)
     tiles = torch.empty((groups, blocks, TILE_BYTES[w.type.name]), dtype=torch.uint8, device=w.device)
     for first in range(0, groups, _CHUNK_GROUPS):
         count = min(_CHUNK_GROUPS, groups - first)
         tiles[first : first + count] = _pack(w, first * ROWS, count, blocks)
-    return TiledTensor(w.type, w.rows, w.cols, {"tiles": tiles}, w.phase)
+    return TiledTensor(w.type, w.rows, w.cols, {"tiles": tiles}, w.phase, expander)
 
 
 def _pack(w: QuantTensor, row: int, groups: int, blocks: int) -> torch.Tensor:

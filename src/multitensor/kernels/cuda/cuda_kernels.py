@@ -1,0 +1,126 @@
+"""The kernels of an NVIDIA GPU: CUDA C++ for quantised weights and few tokens, torch's own for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
+from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.torch_kernels import Kernels
+
+EXPAND_BYTES = 256 << 20  # scratch for a matrix's numbers in the activations' type, where many tokens are multiplied
+
+
+class CudaKernels(Kernels):
+    """Quantised matrices lie in tiles (tiles.py), with not a bit of a weight changed."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device, exact: bool) -> None:
+        super().__init__(device, exact)
+        self.tile_kernels = TileKernels(device)
+
+    def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
+        """Packs every quantised matrix into tiles, one at a time, dropping its planes; `weights` is emptied."""
+        remaining = dict(weights)
+        if isinstance(weights, dict):
+            weights.clear()
+        adopted: dict[str, QuantTensor | torch.Tensor] = {}
+        while remaining:
+            name = next(iter(remaining))
+            weight = remaining.pop(name)
+            if isinstance(weight, QuantTensor) and weight.type.name in TILE_BYTES and weight.rows and weight.cols:
+                weight = to_tiles(weight, self._expander)
+            adopted[name] = weight
+        torch.cuda.empty_cache()
+        return adopted
+
+    def _expander(self, w: TiledTensor, rows: slice | torch.Tensor | None) -> torch.Tensor:
+        if isinstance(rows, torch.Tensor):
+            return self.tile_kernels.gather(w, rows, torch.float32)
+        start, stop, step = (rows or slice(None)).indices(w.rows)
+        first = start // 16 * 16
+        numbers = self.tile_kernels.expand(w, torch.float32, first, max(stop - first, 0))
+        return numbers[start - first :: step]
+
+    def linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        tiled = self._tiled((w,), x)
+        if tiled is None:
+            return super().linear(x, w, bias)
+        if self.tile_kernels.takes(tiled, x.shape[0]):
+            return self.tile_kernels.multiply(x, tiled, bias)
+        return self._expanded_linear(x, tiled[0], bias)
+
+    def linears(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[QuantTensor],
+        biases: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[torch.Tensor]:
+        tiled = self._tiled(weights, x)
+        if tiled is None or not self.tile_kernels.takes(tiled, x.shape[0]):
+            return super().linears(x, weights, biases)
+        y = self.tile_kernels.multiply(x, tiled, _joined(biases, weights))
+        return list(y.split([w.rows for w in weights], dim=1))
+
+    def gated_linear(
+        self,
+        x: torch.Tensor,
+        gate: QuantTensor,
+        up: QuantTensor,
+        kind: Literal["silu", "gelu_tanh"],
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tiled = self._tiled((gate, up), x)
+        if tiled is None or not self.tile_kernels.takes(tiled, x.shape[0]):
+            return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
+        return self.tile_kernels.multiply(x, tiled, _joined((gate_bias, up_bias), (gate, up)), gated=kind)
+
+    def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
+        tiled = self._tiled((w,), hidden)
+        if tiled is None:
+            return super().logits(hidden, w)
+        if self.tile_kernels.takes(tiled, hidden.shape[0]):
+            return self.tile_kernels.multiply(hidden, tiled, float_out=True)
+        return torch.cat([self._product(hidden, part) for part in self._parts(tiled[0], hidden.dtype)], dim=1)
+
+    @staticmethod
+    def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
+            return torch.mm(x, w.T, out_dtype=torch.float32)
+        return torch.mm(x, w.T).float()
+
+    def _tiled(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
+        """The weights, where all are tiled and x is a type that the kernels take."""
+        found = [w for w in weights if isinstance(w, TiledTensor)]
+        half = x.dtype in (torch.float16, torch.bfloat16)
+        return found if half and len(found) == len(weights) and x.shape[0] else None
+
+    def _parts(self, w: TiledTensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        rows = max(16, EXPAND_BYTES // (2 * w.cols) // 16 * 16)
+        return [self.tile_kernels.expand(w, dtype, first, rows) for first in range(0, w.rows, rows)]
+
+    def _expanded_linear(self, x: torch.Tensor, w: TiledTensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Many tokens: the weights as numbers in x's type, some rows at a time, and cuBLAS."""
+        y = x.new_empty((x.shape[0], w.rows))
+        rows = max(16, EXPAND_BYTES // (2 * w.cols) // 16 * 16)
+        for first in range(0, w.rows, rows):
+            numbers = self.tile_kernels.expand(w, x.dtype, first, rows)
+            y[:, first : first + rows] = torch.mm(x, numbers.T)
+        return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def _joined(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[QuantTensor]) -> torch.Tensor | None:
+    """One float32 vector over all rows, zeros where a weight has no bias; None where none has."""
+    if biases is None or all(bias is None for bias in biases):
+        return None
+    parts = [
+        torch.zeros(w.rows, device=w.device) if bias is None else bias.float()
+        for bias, w in zip(biases, weights, strict=True)
+    ]
+    return torch.cat(parts)
