@@ -33,8 +33,12 @@ def command(
         summary["metadata"] = dict(_short_metadata(checkpoint.metadata))
         summary["tensors"] = [
             {
-                **{"name": t.name, "shape": list(t.shape), "type": t.type.name},
-                **{"file": t.file, "offset": t.offset, "bytes": t.nbytes},
+                "name": t.name,
+                "shape": list(t.shape),
+                "type": t.type.name,
+                "file": t.file,
+                "offset": t.offset,
+                "bytes": t.nbytes,
             }
             for t in checkpoint.tensors.values()
         ]
