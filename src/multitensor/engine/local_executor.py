@@ -31,6 +31,9 @@ class _Port:
     def receive(self) -> Any:
         return self.messages.get()
 
+    def pending(self) -> bool:
+        return not self.messages.empty()
+
     def send(self, result: object) -> None:
         self.results.put(result)
 

@@ -7,7 +7,8 @@ Messages: ("step", StepInput), ("call", method, arguments), ("stop",). Answers: 
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol
+import time
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -18,6 +19,8 @@ from multitensor.parallel.group import Group
 from multitensor.sharding.plan import Plan
 from multitensor.sharding.topology import Device
 
+_POLL_SECONDS = 20e-6
+
 
 class Runner(Protocol):
     """What `Bootstrap.factory` makes; any further method may be the target of a call."""
@@ -27,10 +30,21 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class OverlappingRunner(Protocol):
+    """A runner whose device works on by itself: `begin` queues a step and returns at once, `is_done` asks, `finish`
+    waits. Steps begin and finish in order, and collectives happen in `begin` alone."""
+
+    def begin(self, step: StepInput) -> Any: ...
+    def is_done(self, begun: Any) -> bool: ...
+    def finish(self, begun: Any) -> StepOutput: ...
+
+
 class RankPort(Protocol):
     """A rank's end of the channel to the engine."""
 
     def receive(self) -> Any: ...
+    def pending(self) -> bool: ...
     def send(self, result: object) -> None: ...
     def report_progress(self, done: int, total: int) -> None: ...
 
@@ -57,17 +71,55 @@ def serve_rank(
     runner: Runner = find_factory(factory)(plan, rank, config, group, device)
     runner.load(port.report_progress)
     port.send(("ready",))
+    steps = _Steps(runner, port, reports=rank == 0)
     while True:
-        message = port.receive()
+        message = steps.next_message()
         if message[0] == "step":
-            output = runner.step(message[1])
-            if rank == 0:
-                port.send(("step", output))
-        elif message[0] == "call":
+            steps.take(message[1])
+            continue
+        steps.flush()
+        if message[0] == "call":
             port.send(("call", getattr(runner, message[1])(**message[2])))
         else:
             runner.close()
             return
+
+
+class _Steps:
+    """Begins the next step as soon as it is known and answers the one before when the device is done with it, so that
+    the device never waits for the host."""
+
+    def __init__(self, runner: Runner, port: RankPort, *, reports: bool) -> None:
+        self._runner, self._port, self._reports = runner, port, reports
+        self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
+        self._begun: Any = None
+
+    def next_message(self) -> Any:
+        """The engine's next message; a step that becomes ready meanwhile is answered first."""
+        while self._begun is not None and not self._port.pending():
+            if self._overlapping is None or self._overlapping.is_done(self._begun):
+                self.flush()
+            else:
+                time.sleep(_POLL_SECONDS)
+        return self._port.receive()
+
+    def take(self, step: StepInput) -> None:
+        if self._overlapping is None:
+            self._answer(self._runner.step(step))
+            return
+        begun = self._overlapping.begin(step)
+        self.flush()
+        self._begun = begun
+
+    def flush(self) -> None:
+        if self._begun is not None and self._overlapping is not None:
+            output = self._overlapping.finish(self._begun)
+            self._begun = None
+            self._answer(output)
+
+    def _answer(self, output: StepOutput) -> None:
+        if self._reports:
+            self._port.send(("step", output))
 
 
 def torch_device(device: Device) -> torch.device:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,10 +23,34 @@ from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group
 from multitensor.sharding.plan import Plan
 
+if TYPE_CHECKING:
+    from multitensor.model.decode_graph import DecodeGraphs
+
 KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCORE_SCRATCH_BYTES = 256 << 20
+MAX_GRAPH_SEQUENCES = 8
 
 Score = tuple[list[int], list[float], float | None]
+
+
+@dataclass(frozen=True)
+class BegunStep:
+    """A step that is queued on the device. ids: int64 of the sequences `chosen`, on the host once `copied` is over
+    (None: they are there already)."""
+
+    step: int
+    sequences: int
+    chosen: np.ndarray
+    ids: torch.Tensor
+    copied: torch.cuda.Event | None
+    logprobs: dict[int, TokenLogprobs]
+    scores: dict[int, list[Score]]
+
+
+def _is_small_decode(step: StepInput) -> bool:
+    """One new token each for few sequences, and nothing but logits wanted of it."""
+    few = len(step.query_lens) <= MAX_GRAPH_SEQUENCES
+    return few and bool((step.query_lens == 1).all()) and not step.score_top.any() and bool(step.sample.any())
 
 
 class ModelRunner:
@@ -56,6 +81,7 @@ class ModelRunner:
         self.caches: list[KVCache] = []
         self.sampler = Sampler(config.max_num_seqs, plan.spec.vocab_size, plan.context, device)
         self._decoder: Decoder | None = None
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def decoder(self) -> Decoder:
@@ -82,20 +108,74 @@ class ModelRunner:
             )
             for _ in self.plan.spec.layers
         ]
+        self._graphs = self._decode_graphs()
         self.group.barrier()
+
+    def _decode_graphs(self) -> DecodeGraphs | None:
+        """CUDA graphs of small decode steps, where kernels and model allow them."""
+        if self.kernels.name != "cuda":
+            return None
+        from multitensor.kernels.cuda.cuda_kernels import CudaKernels
+        from multitensor.model.decode_graph import DecodeGraphs, can_capture
+
+        if not isinstance(self.kernels, CudaKernels) or not can_capture(self.plan):
+            return None
+        last = self.sampler.last_tokens
+        return DecodeGraphs(self.decoder, self.plan, self.rank, self.caches, self.kernels, self.group, last)
 
     @torch.inference_mode()
     def step(self, step: StepInput) -> StepOutput:
         """Runs one flat batch; the result is equal on all ranks."""
+        return self.finish(self.begin(step))
+
+    @torch.inference_mode()
+    def begin(self, step: StepInput) -> BegunStep:
+        """Queues a step on the device. What it samples is known to the device at once, to the host at `finish`."""
         for setup in step.setups:
             self.sampler.admit(setup)
+        if self._graphs is not None and _is_small_decode(step):
+            logits = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
+            chosen = np.flatnonzero(step.sample)
+            rows = logits if len(chosen) == len(logits) else logits[torch.from_numpy(chosen).to(self.device)]
+            return self._begun(step, chosen, *self.sampler.sample(rows, step.slots[chosen], step.uniforms[chosen]), {})
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
         hidden = self.decoder.forward(self._token_ids(step), inputs, self.caches)
         starts = np.asarray(inputs.query_starts)
-        token_ids, logprobs = self._sample(step, hidden, starts)
-        return StepOutput(step.step, token_ids, logprobs, self._scores(step, hidden, starts))
+        sampled = self._sample(step, hidden, starts)
+        return self._begun(step, *sampled, self._scores(step, hidden, starts))
+
+    def is_done(self, begun: BegunStep) -> bool:
+        """Whether `finish` would return without waiting."""
+        return begun.copied is None or begun.copied.query()
+
+    def finish(self, begun: BegunStep) -> StepOutput:
+        """Waits for the step's ids. Steps finish in the order in which they began."""
+        if begun.copied is not None:
+            begun.copied.synchronize()
+        token_ids = np.full(begun.sequences, -1, dtype=np.int64)
+        token_ids[begun.chosen] = begun.ids.numpy()
+        return StepOutput(begun.step, token_ids, begun.logprobs, begun.scores)
+
+    def _begun(
+        self,
+        step: StepInput,
+        chosen: np.ndarray,
+        ids: torch.Tensor,
+        logprobs: dict[int, TokenLogprobs],
+        scores: dict[int, list[Score]],
+    ) -> BegunStep:
+        """ids: int64 on the device, of the sequences `chosen`; logprobs by row of ids."""
+        copied = None
+        if self.device.type == "cuda":
+            host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
+            host.copy_(ids, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            ids = host
+        by_sequence = {int(chosen[row]): value for row, value in logprobs.items()}
+        return BegunStep(step.step, len(step.slots), chosen, ids, copied, by_sequence, scores)
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""
@@ -115,16 +195,13 @@ class ModelRunner:
 
     def _sample(
         self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray
-    ) -> tuple[np.ndarray, dict[int, TokenLogprobs]]:
-        """Token ids int64 [S], -1 where nothing is sampled; log-probabilities by sequence number."""
-        token_ids = np.full(len(step.slots), -1, dtype=np.int64)
+    ) -> tuple[np.ndarray, torch.Tensor, dict[int, TokenLogprobs]]:
+        """(sequences that sample, their ids int64 on the device, log-probabilities by row of the ids)."""
         chosen = np.flatnonzero(step.sample)
         if len(chosen) == 0:
-            return token_ids, {}
+            return chosen, torch.zeros(0, dtype=torch.int64, device=self.device), {}
         logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1)
-        ids, logprobs = self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen])
-        token_ids[chosen] = ids.cpu().numpy()
-        return token_ids, {int(chosen[row]): value for row, value in logprobs.items()}
+        return chosen, *self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen])
 
     def _scores(self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, list[Score]]:
         """Log-probabilities at every position of the scored sequences, a bounded number of rows at a time."""
@@ -186,6 +263,7 @@ class ModelRunner:
 
     def close(self) -> None:
         """Drops weights and caches; the group stays its maker's to close."""
+        self._graphs = None
         self._decoder = None
         self.weights = {}
         self.caches = []

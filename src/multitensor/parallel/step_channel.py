@@ -223,6 +223,10 @@ class RankChannel:
         """The engine's next message."""
         return pickle.loads(self._steps.receive(self._check))
 
+    def pending(self) -> bool:
+        """Whether a message is there already."""
+        return self._steps.pending
+
     def send(self, result: object) -> None:
         """To the engine."""
         self._results.send(pickle.dumps(result, protocol=5), self._check)

@@ -7,11 +7,14 @@ from typing import Literal
 
 import torch
 
-from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.decode import DecodeKernels
+from multitensor.kernels.cuda.float_matrix import FloatKernels
+from multitensor.kernels.cuda.matrix import MAX_COLUMNS, TileKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
 
+FEW_TOKENS = 32  # up to here the matrix-vector kernels, eight tokens at a time, beat expansion
 EXPAND_BYTES = 256 << 20  # scratch for a matrix's numbers in the activations' type, where many tokens are multiplied
 
 
@@ -23,6 +26,8 @@ class CudaKernels(Kernels):
     def __init__(self, device: torch.device, exact: bool) -> None:
         super().__init__(device, exact)
         self.tile_kernels = TileKernels(device)
+        self.float_kernels = FloatKernels(device)
+        self.decode_kernels = DecodeKernels(device)
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
         """Packs every quantised matrix into tiles, one at a time, dropping its planes; `weights` is emptied."""
@@ -48,12 +53,34 @@ class CudaKernels(Kernels):
         return numbers[start - first :: step]
 
     def linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        tiled = self._tiled((w,), x)
-        if tiled is None:
-            return super().linear(x, w, bias)
-        if self.tile_kernels.takes(tiled, x.shape[0]):
-            return self.tile_kernels.multiply(x, tiled, bias)
-        return self._expanded_linear(x, tiled[0], bias)
+        return self._linear(x, w, bias, float_out=False)
+
+    def partial_linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`linear` in float32: a rank's part of a sum over ranks, not rounded before it is added."""
+        return self._linear(x, w, bias, float_out=True)
+
+    def joined_linear(
+        self, x: torch.Tensor, weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None
+    ) -> torch.Tensor:
+        """`linear` with several weights, their outputs side by side in one tensor."""
+        tiled = self._tiled(weights, x)
+        if tiled is not None and self.tile_kernels.takes(tiled, x.shape[0]):
+            return self.tile_kernels.multiply(x, tiled, _joined(biases, weights))
+        every = biases or [None] * len(weights)
+        return torch.cat([self.linear(x, w, bias) for w, bias in zip(weights, every, strict=True)], dim=1)
+
+    def _linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None, *, float_out: bool) -> torch.Tensor:
+        tiled, tokens = self._tiled((w,), x), x.shape[0]
+        plane = w.planes.get("weight")
+        if tiled is not None and tokens <= FEW_TOKENS and self.tile_kernels.takes(tiled, min(tokens, MAX_COLUMNS)):
+            parts = x.split(MAX_COLUMNS)
+            products = [self.tile_kernels.multiply(part, tiled, bias, float_out=float_out) for part in parts]
+            return products[0] if len(products) == 1 else torch.cat(products)
+        if plane is not None and self.float_kernels.takes(x, plane):
+            y = self.float_kernels.multiply(x, plane, float_out=float_out)
+            return y if bias is None else y.add_(bias.to(y.dtype))
+        y = super().linear(x, w, bias) if tiled is None else self._expanded_linear(x, tiled[0], bias)
+        return y.float() if float_out else y
 
     def linears(
         self,
@@ -83,10 +110,13 @@ class CudaKernels(Kernels):
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         tiled = self._tiled((w,), hidden)
+        plane = w.planes.get("weight")
+        if plane is not None and self.float_kernels.takes(hidden, plane):
+            return self.float_kernels.multiply(hidden, plane, float_out=True)
         if tiled is None:
             return super().logits(hidden, w)
-        if self.tile_kernels.takes(tiled, hidden.shape[0]):
-            return self.tile_kernels.multiply(hidden, tiled, float_out=True)
+        if hidden.shape[0] <= FEW_TOKENS:
+            return self.partial_linear(hidden, w)
         return torch.cat([self._product(hidden, part) for part in self._parts(tiled[0], hidden.dtype)], dim=1)
 
     @staticmethod

@@ -1,0 +1,204 @@
+"""The decode step of a GPU rank as one CUDA graph: up to eight sequences with one new token each.
+
+Nothing of torch's eager machinery is left between kernels: a step copies its small integers to fixed addresses and
+replays. The arithmetic is the decoder's (model/decoder.py), with two differences: query, key and value come from one
+launch, as do gate, up and activation; and partial sums reach the reduction in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from multitensor.kernels.cuda.cuda_kernels import CudaKernels
+from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention
+from multitensor.model.attention import KVCache
+from multitensor.model.decoder import Decoder, DecoderLayer
+from multitensor.parallel.group import Group
+from multitensor.sharding.plan import Plan
+
+BUCKETS = (1, 2, 4, 8)
+
+
+def can_capture(plan: Plan) -> bool:
+    """Whether every rank of the plan can; all ranks must agree, since their collectives have to match."""
+    spec = plan.spec
+    whole = all(rank.query_heads.size and rank.ffn.size and rank.vocabulary.size for rank in plan.ranks)
+    return (
+        whole
+        and all(rank.device.kind == "cuda" for rank in plan.ranks)
+        and plan.dtype in ("float16", "bfloat16")
+        and spec.head_dim in HEAD_DIMS
+        and plan.block_size % KEY_TILE == 0
+        and spec.hidden_size % 4 == 0
+        and spec.hidden_size <= MAX_HIDDEN
+    )
+
+
+class DecodeGraphs:
+    """One graph a bucket, captured when first needed; they share one memory pool."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        rank: int,
+        caches: Sequence[KVCache],
+        kernels: CudaKernels,
+        group: Group,
+        last_tokens: torch.Tensor,
+    ) -> None:
+        self._parts = (decoder, plan, rank, caches, kernels, group, last_tokens)
+        self._graphs: dict[int, _DecodeGraph] = {}
+        self._pool: Any | None = None
+
+    def run(
+        self,
+        token_ids: np.ndarray,
+        slots: np.ndarray,
+        context_lens: np.ndarray,
+        block_tables: np.ndarray,
+    ) -> torch.Tensor:
+        """One new token for each of S <= 8 sequences -> float32 logits [S, vocabulary], valid until the next run.
+
+        token_ids: int [S], -1 for what the slot sampled last. slots, context_lens: int [S]. block_tables: int [S, B].
+        """
+        count = len(token_ids)
+        bucket = next(size for size in BUCKETS if size >= count)
+        if bucket not in self._graphs:
+            graph = _DecodeGraph(*self._parts, sequences=bucket)
+            graph.capture(self._pool)
+            self._pool = self._pool or graph.pool
+            self._graphs[bucket] = graph
+        return self._graphs[bucket].run(token_ids, slots, context_lens, block_tables)[:count]
+
+
+class _DecodeGraph:
+    def __init__(
+        self,
+        decoder: Decoder,
+        plan: Plan,
+        rank: int,
+        caches: Sequence[KVCache],
+        kernels: CudaKernels,
+        group: Group,
+        last_tokens: torch.Tensor,
+        *,
+        sequences: int,
+    ) -> None:
+        self.decoder, self.caches, self.kernels, self.group = decoder, caches, kernels, group
+        self.last_tokens = last_tokens
+        self.sequences = sequences
+        self.block_size = plan.block_size
+        self.blocks = -(-plan.context // plan.block_size)
+        self.device = last_tokens.device
+        self.dtype = decoder.dtype
+        # ids, slots, positions, cache slots; then the block tables
+        length = 4 * sequences + sequences * self.blocks
+        self.host = torch.empty(length, dtype=torch.int32, pin_memory=True)
+        self.copied = torch.cuda.Event()
+        self.packed = torch.zeros(length, dtype=torch.int32, device=self.device)
+        self.ids, self.slots, self.positions, self.cache_slots = (
+            self.packed[: 4 * sequences].view(4, sequences).unbind(0)
+        )
+        self.tables = self.packed[4 * sequences :].view(sequences, self.blocks)
+        spec, own = plan.spec, plan.ranks[rank]
+        self._attention: dict[int | None, DecodeAttention] = {}
+        for layer in spec.layers:
+            if layer.window not in self._attention:
+                self._attention[layer.window] = DecodeAttention(
+                    kernels.decode_kernels,
+                    own.kv_map,
+                    own.kv_heads.size,
+                    spec.head_dim,
+                    self.dtype,
+                    caches[0][0].dtype,
+                    plan.block_size,
+                    sequences,
+                    scale=spec.attention_scale,
+                    window=layer.window,
+                    softcap=spec.attention_softcap,
+                )
+        self.graph = torch.cuda.CUDAGraph()
+        self.logits: torch.Tensor | None = None
+
+    @property
+    def pool(self) -> Any:
+        return self.graph.pool()
+
+    def capture(self, pool: Any | None) -> None:
+        """Runs once to compile and warm every kernel, on padding alone, which writes no cache; then records."""
+        self.packed.zero_()
+        self.positions.fill_(-1)
+        self._forward()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.logits = self._forward()
+
+    def run(
+        self, token_ids: np.ndarray, slots: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray
+    ) -> torch.Tensor:
+        self.copied.synchronize()  # the step before has read the pinned buffer
+        host, size, count = self.host.numpy(), self.sequences, len(token_ids)
+        small = host[: 4 * size].reshape(4, size)
+        small[:, count:] = 0
+        small[2, count:] = -1
+        small[0, :count], small[1, :count], small[2, :count] = token_ids, slots, context_lens
+        rows = np.arange(count)
+        small[3, :count] = (
+            block_tables[rows, context_lens // self.block_size] * self.block_size + context_lens % self.block_size
+        )
+        tables = host[4 * size :].reshape(size, self.blocks)
+        tables[:count, : block_tables.shape[1]] = block_tables
+        self.packed.copy_(self.host, non_blocking=True)
+        self.copied.record()
+        self.graph.replay()
+        if self.logits is None:
+            raise RuntimeError("the graph was not captured")
+        return self.logits
+
+    def _forward(self) -> torch.Tensor:
+        decoder = self.decoder
+        ids = torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long())
+        residual = decoder.embedding(ids)
+        hidden = torch.empty_like(residual, dtype=self.dtype)
+        norm = self.kernels.decode_kernels.add_rms_norm
+        norm(residual, None, decoder.layers[0].first_norm, decoder.eps, hidden)
+        for layer, cache in zip(decoder.layers, self.caches, strict=True):
+            partial = self.group.all_reduce(self._attend(layer, hidden, cache))
+            post = layer.post_attention_norm
+            norm(residual, partial, layer.ffn_norm, layer.eps, hidden, post_weight=post)
+            partial = self.group.all_reduce(self._feed_forward(layer, hidden))
+            norm(residual, partial, layer.next_norm, layer.eps, hidden, post_weight=layer.post_ffn_norm)
+        return decoder.logits(hidden)
+
+    def _attend(self, layer: DecoderLayer, hidden: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        block = layer.attention
+        decode = self._attention[block.window]
+        rope = self.decoder.ropes[block.rope]
+        qkv = self.kernels.joined_linear(hidden, block.qkv, block.qkv_biases)
+        decode.rope_write_kv(
+            qkv,
+            *cache,
+            self.positions,
+            self.cache_slots,
+            rope.cos,
+            rope.sin,
+            style=block.rope_style,
+            q_norm=block.q_norm,
+            k_norm=block.k_norm,
+            eps=block.eps,
+        )
+        mixed = torch.empty((self.sequences, block.n_heads * block.head_dim), dtype=self.dtype, device=self.device)
+        decode.attend(qkv, *cache, self.positions, self.tables, mixed)
+        return self.kernels.partial_linear(mixed, block.output, block.output_bias)
+
+    def _feed_forward(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
+        block = layer.feed_forward
+        inner = self.kernels.gated_linear(
+            hidden, block.gate, block.up, block.activation, block.gate_bias, block.up_bias
+        )
+        return self.kernels.partial_linear(inner, block.down, block.down_bias)
