@@ -175,4 +175,9 @@ PROMPTS = (
     "Die wichtigste Stadt in Deutschland ist",
     "for (int i = 0; i < n; i++) {\n",
     "The difference between a cat and a dog is that",
+    # predictable, so that many tokens are sure
+    "1, 2, 3, 4, 5, 6, 7, 8,",
+    "The days of the week are Monday, Tuesday, Wednesday,",
+    "red blue red blue red blue red blue",
+    "<ul>\n  <li>one</li>\n  <li>two</li>\n  <li>three</li>\n",
 )

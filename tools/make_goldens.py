@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,28 +69,26 @@ def tokenized(llm: Llama) -> list[dict[str, Any]]:
     return found
 
 
-def evaluate(llm: Llama, ids: list[int]) -> np.ndarray:
-    """Log-probabilities [len(ids), vocabulary] after each position."""
+def evaluate(llm: Llama, ids: list[int]) -> Iterator[np.ndarray]:
+    """Log-probabilities [vocabulary] after each position, one after the other: all at once would fill the memory."""
     llm.reset()
     llm.eval(ids)
-    return log_softmax(llm.scores[: len(ids)])
+    return (log_softmax(llm.scores[i]) for i in range(len(ids)))
 
 
-def teacher_forced(llm: Llama) -> list[dict[str, Any]]:
+def teacher_forced(llm: Llama, given: Sequence[str]) -> list[dict[str, Any]]:
     """For each text its ids, per position the top ids with log-probabilities, and that of each following id."""
     texts = []
-    for text in TEXTS:
+    for text in given:
         ids = llm.tokenize(text.encode(), add_bos=True, special=False)
-        logprobs = evaluate(llm, ids)
-        tops = [top_ids(row, TOP) for row in logprobs]
-        texts.append(
-            {
-                "ids": ids,
-                "top_ids": [top.tolist() for top in tops],
-                "top_logprobs": [rounded(row[top]) for row, top in zip(logprobs, tops, strict=True)],
-                "next_logprobs": rounded(logprobs[i, ids[i + 1]] for i in range(len(ids) - 1)),
-            }
-        )
+        entry: dict[str, Any] = {"ids": ids, "top_ids": [], "top_logprobs": [], "next_logprobs": []}
+        for logprobs, following in zip(evaluate(llm, ids), [*ids[1:], None], strict=True):
+            top = top_ids(logprobs, TOP)
+            entry["top_ids"].append(top.tolist())
+            entry["top_logprobs"].append(rounded(logprobs[top]))
+            if following is not None:
+                entry["next_logprobs"] += rounded([logprobs[following]])
+        texts.append(entry)
     return texts
 
 
@@ -140,26 +139,14 @@ def opened(path: Path) -> Llama:
     )
 
 
-def recorded(llm: Llama) -> dict[str, Any]:
-    texts = teacher_forced(llm)
-    return {
-        "texts": texts,
-        "perplexity": perplexity(texts),
-        "continuations": [continued(llm, prompt) for prompt in PROMPTS],
-    }
-
-
 def make(models: Path, copies: Path, name: str) -> dict[str, Any]:
-    exact = recorded(opened(copies / f"{name}.gguf"))
+    llm = opened(copies / f"{name}.gguf")
+    texts = teacher_forced(llm, TEXTS)
+    continuations = [continued(llm, prompt) for prompt in PROMPTS]
     path = models / f"{name}.gguf"
     llm = opened(path)
-    shipped = recorded(llm)
-    agreement = {
-        "top1": top1_agreement(exact["texts"], shipped["texts"]),
-        "perplexity_ratio": round(shipped["perplexity"] / exact["perplexity"], DIGITS),
-    }
-    shipped["texts"] = shipped["texts"][:SHIPPED_TEXTS]
-    shipped["perplexity"] = perplexity(shipped["texts"])
+    shipped = teacher_forced(llm, TEXTS[:SHIPPED_TEXTS])
+    same = texts[:SHIPPED_TEXTS]
     vocabulary = llama_cpp.llama_model_get_vocab(llm._model.model)
     return {
         "made_with": f"llama-cpp-python {llama_cpp.__version__}, CPU, 2 threads, float32 KV cache, flash attention off",
@@ -170,9 +157,12 @@ def make(models: Path, copies: Path, name: str) -> dict[str, Any]:
         "add_bos": bool(llama_cpp.llama_vocab_get_add_bos(vocabulary)),
         "end_ids": [i for i in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocabulary, i)],
         "strings": tokenized(llm),
-        "exact": exact,
-        "shipped": shipped,
-        "self_agreement": agreement,
+        "exact": {"texts": texts, "perplexity": perplexity(texts), "continuations": continuations},
+        "shipped": {"texts": shipped, "perplexity": perplexity(shipped)},
+        "self_agreement": {
+            "top1": top1_agreement(same, shipped),
+            "perplexity_ratio": round(perplexity(shipped) / perplexity(same), DIGITS),
+        },
     }
 
 
