@@ -97,8 +97,13 @@ def shared_limit(device: torch.device) -> int:
 def _allow_shared(kernel: Any, device: torch.device) -> None:
     from cuda.bindings import driver
 
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, shared_limit(device), kernel.handle, device.index or 0)
+    attributes = driver.CUfunction_attribute
+    declared = attributes.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES  # counts towards the same limit
+    error, fixed = driver.cuKernelGetAttribute(declared, kernel.handle, device.index or 0)
+    if int(error) != 0:
+        raise RuntimeError(f"cuKernelGetAttribute: {error}")
+    dynamic = attributes.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(dynamic, shared_limit(device) - fixed, kernel.handle, device.index or 0)
     if int(error) != 0:
         raise RuntimeError(f"cuKernelSetAttribute: {error}")
 
