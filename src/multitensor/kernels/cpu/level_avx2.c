@@ -216,21 +216,43 @@ INLINE vi vi_broadcast(const int8_t *p) /* four neighbouring activations, for al
 }
 INLINE vf vi_to_float(vi v) { return _mm256_cvtepi32_ps(v); }
 
-/* acc + scales[g] * d[g] * (integer products of group g), spread over the lanes */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+/* The factors of 16 groups. */
+typedef struct {
+    float of[16];
+} factors;
+INLINE factors factors_of(const vf products[2])
+{
+    factors f;
+    _mm256_storeu_ps(f.of, products[0]);
+    _mm256_storeu_ps(f.of + 8, products[1]);
+    return f;
+}
+
+/* acc + factor[g] * (integer products of group g), spread over the lanes, for a block whose groups' factors are at f */
+INLINE vf dot_at(vf acc, codes c, const int8_t *x, const float *f, int unit, int is_signed)
 {
     for (int i = 0; i < 2; i++) {
         vi products = vi_dot(vi_zero(), c.half[i], _mm256_loadu_si256((const __m256i *)(x + 32 * i)), is_signed);
-        vf factors;
-        if (unit == UNIT32) {
-            factors = _mm256_set1_ps(scales[i] * d[i]);
-        } else {
-            __m128 low = _mm_set1_ps(scales[2 * i] * d[2 * i]), high = _mm_set1_ps(scales[2 * i + 1] * d[2 * i + 1]);
-            factors = _mm256_set_m128(high, low);
-        }
-        acc = _mm256_fmadd_ps(factors, _mm256_cvtepi32_ps(products), acc);
+        vf factor = unit == UNIT32 ? _mm256_set1_ps(f[i])
+                                   : _mm256_set_m128(_mm_set1_ps(f[2 * i + 1]), _mm_set1_ps(f[2 * i]));
+        acc = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(products), acc);
     }
     return acc;
+}
+
+/* For block `b` of those that the 16 groups cover. */
+INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
+{
+    return dot_at(acc, c, x, f.of + (unit == UNIT32 ? 2 : 4) * b, unit, is_signed);
+}
+
+/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
+INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+{
+    float f[4];
+    for (int i = 0; i < (unit == UNIT32 ? 2 : 4); i++)
+        f[i] = scales[i] * d[i];
+    return dot_at(acc, c, x, f, unit, is_signed);
 }
 
 /* 4 x 4 dwords: to[i * to_stride + j] = from[j * from_stride + i] */

@@ -137,23 +137,29 @@ INLINE vf codes_floats(codes c, int part) /* signed codes [part * VL, part * VL 
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
-/* acc + scales[g] * d[g] * (integer products of group g), spread over the lanes; never signed here */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+/* The factors of 16 groups, one a lane. */
+typedef __m512 factors;
+INLINE factors factors_of(const vf products[1]) { return products[0]; }
+
+/* acc + factor[g] * (integer products of group g), spread over the lanes, for block `b` of those that the 16 groups
+ * cover; never signed here */
+INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
 {
     (void)is_signed;
     vi products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x));
-    vi spread;
-    __m128 factors;
-    if (unit == UNIT32) {
-        factors = _mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)scales)),
-                             _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)d)));
-        spread = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    } else {
-        factors = _mm_mul_ps(_mm_loadu_ps(scales), _mm_loadu_ps(d));
-        spread = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    }
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(spread, _mm512_castps128_ps512(factors)),
-                           _mm512_cvtepi32_ps(products), acc);
+    vi spread = unit == UNIT32 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
+                               : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    spread = _mm512_add_epi32(spread, _mm512_set1_epi32(unit == UNIT32 ? 2 * b : 4 * b));
+    return _mm512_fmadd_ps(_mm512_permutexvar_ps(spread, f), _mm512_cvtepi32_ps(products), acc);
+}
+
+/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
+INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+{
+    __m128 four = unit == UNIT32 ? _mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)scales)),
+                                              _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)d)))
+                                 : _mm_mul_ps(_mm_loadu_ps(scales), _mm_loadu_ps(d));
+    return codes_dot_factors(acc, c, x, _mm512_castps128_ps512(four), 0, unit, is_signed);
 }
 
 /* ---- packed tiles: a dword a row holds four neighbouring codes of that row ---- */

@@ -199,17 +199,43 @@ INLINE vf codes_floats(codes c, int part) /* signed codes [part * VL, part * VL 
     return v;
 }
 
-/* acc + sum over the block's groups of scales[g] * d[g] * (integer product): in lane 0 */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+/* The factors of 16 groups. */
+typedef struct {
+    float of[16];
+} factors;
+INLINE factors factors_of(const vf products[4])
+{
+    factors f;
+    memcpy(f.of, products, sizeof f.of);
+    return f;
+}
+
+/* acc + sum over the groups of factor[g] * (integer product), in lane 0, for a block whose groups' factors are at f */
+INLINE vf dot_at(vf acc, codes c, const int8_t *x, const float *f, int unit, int is_signed)
 {
     int size = (int)unit_weights(unit);
     for (int g = 0; g < BLOCK / size; g++) {
         int32_t sum = 0;
         for (int i = g * size; i < (g + 1) * size; i++)
             sum += (is_signed ? (int32_t)(int8_t)c.b[i] : (int32_t)c.b[i]) * x[i];
-        acc[0] += scales[g] * d[g] * (float)sum;
+        acc[0] += f[g] * (float)sum;
     }
     return acc;
+}
+
+/* For block `b` of those that the 16 groups cover. */
+INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
+{
+    return dot_at(acc, c, x, f.of + (unit == UNIT32 ? 2 : 4) * b, unit, is_signed);
+}
+
+/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
+INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+{
+    float f[4];
+    for (int i = 0; i < (unit == UNIT32 ? 2 : 4); i++)
+        f[i] = scales[i] * d[i];
+    return dot_at(acc, c, x, f, unit, is_signed);
 }
 
 /* 4 x 4 dwords: to[i * to_stride + j] = from[j * from_stride + i] */

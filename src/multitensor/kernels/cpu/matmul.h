@@ -237,26 +237,55 @@ INLINE void row_planes(int type, const weight *w, int64_t row, const uint8_t **q
     *high = high_bytes(type) ? plane_row(w, HIGH, row) : *quants;
 }
 
+/* Scales and minima of 16 groups from `g` on, of which `left` belong to the row (zeros after them). */
+INLINE void load_sixteen(int type, const weight *w, int64_t row, int64_t g, int64_t left, const workspace *work,
+                         vf scales[16 / VL], vf minima[16 / VL])
+{
+    for (int i = 0; i < 16 / VL; i++) {
+        if (type_is_super(type) || type == MXFP4) { /* the row's were computed beforehand */
+            scales[i] = vf_load(work->scales + g + i * VL);
+            minima[i] = vf_load(work->minima + g + i * VL);
+            continue;
+        }
+        int64_t n = max_int(0, min_int(VL, left - i * VL));
+        scales[i] = vf_load_f16_n((const uint16_t *)plane_row(w, D, row) + g + i * VL, n);
+        if (type_has_minimum(type))
+            minima[i] = vf_load_f16_n((const uint16_t *)plane_row(w, MINIMUM, row) + g + i * VL, n);
+        else if (fast_zero(type))
+            minima[i] = vf_mul(scales[i], vf_set((float)-fast_zero(type)));
+    }
+}
+
 INLINE void multiply_one_fast(int type, const weight *w, int64_t r0, int64_t r1, const activations *a, destination to,
                               workspace *work)
 {
-    int unit = type_unit(type);
-    int64_t cols = w->cols, blocks = (cols + BLOCK - 1) / BLOCK, per_block = BLOCK / unit_weights(unit);
-    const float *d = a->d[unit], *sum = a->sum[unit];
+    const int unit = type_unit(type);
+    const int64_t cols = w->cols, size = unit_weights(unit), groups = (cols + size - 1) / size;
+    const int64_t blocks = (cols + BLOCK - 1) / BLOCK, step = 16 * size / BLOCK;
     for (int64_t row = r0; row < r1; row++) {
         const uint8_t *quants, *high;
         row_planes(type, w, row, &quants, &high);
-        load_scales(w, row, 0, cols, fast_zero(type), work->scales, work->minima);
-        vf acc[2] = {vf_zero(), vf_zero()};
-        for (int64_t b = 0; b < blocks; b++) {
-            codes c = load_fast_codes(type, quants, high, b, cols);
-            acc[b & 1] = codes_dot(acc[b & 1], c, a->q + b * BLOCK, work->scales + b * per_block, d + b * per_block,
-                                   unit, fast_is_signed(type));
+        if (type_is_super(type) || type == MXFP4)
+            load_scales(w, row, 0, cols, fast_zero(type), work->scales, work->minima);
+        vf acc[2] = {vf_zero(), vf_zero()}, below = vf_zero(), scales[16 / VL], minima[16 / VL];
+        for (int64_t b = 0, g = 0; b < blocks; b += step, g += 16) {
+            load_sixteen(type, w, row, g, groups - g, work, scales, minima);
+            if (fast_has_minimum(type))
+                for (int i = 0; i < 16 / VL; i++)
+                    below = vf_fma(minima[i], vf_load(a->sum[unit] + g + i * VL), below);
+            for (int i = 0; i < 16 / VL; i++)
+                scales[i] = vf_mul(scales[i], vf_load(a->d[unit] + g + i * VL));
+            factors f = factors_of(scales);
+            if (cols >= (b + step) * BLOCK) /* unrolled: no block is short, none is missing */
+                for (int j = 0; j < step; j++)
+                    acc[j & 1] = codes_dot_factors(acc[j & 1], load_fast_codes(type, quants, high, b + j, (b + step) * BLOCK),
+                                                   a->q + (b + j) * BLOCK, f, j, unit, fast_is_signed(type));
+            else
+                for (int j = 0; b + j < blocks; j++)
+                    acc[j & 1] = codes_dot_factors(acc[j & 1], load_fast_codes(type, quants, high, b + j, cols),
+                                                   a->q + (b + j) * BLOCK, f, j, unit, fast_is_signed(type));
         }
-        if (fast_has_minimum(type))
-            for (int64_t g = 0; g < blocks * per_block; g += VL)
-                acc[g / VL & 1] = vf_fma(vf_load(work->minima + g), vf_load(sum + g), acc[g / VL & 1]);
-        to.out[row] = vf_sum(vf_add(acc[0], acc[1])) + (to.bias ? to.bias[row] : 0.0f);
+        to.out[row] = vf_sum(vf_add(vf_add(acc[0], acc[1]), below)) + (to.bias ? to.bias[row] : 0.0f);
     }
 }
 

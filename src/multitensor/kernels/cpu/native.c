@@ -427,7 +427,7 @@ static void attention_chunk(void *argument, int64_t chunk, void *scratch)
     job->c->table->attend(job->a, &job->tasks[chunk], scratch);
 }
 
-#define SPLIT_KEYS 512 /* keys of one task at least, where keys are split */
+#define SPLIT_KEYS 128 /* keys of one task at least, where keys are split */
 
 /* Query heads sorted by the KV head they read: heads[first[kv] .. first[kv + 1]). */
 static void group_heads(const attention *a, int32_t *heads, int64_t *first)

@@ -147,7 +147,16 @@ def load(threads: int | None = None, level: str | None = None) -> NativeKernels 
 
 
 def _contiguous_floats(x: torch.Tensor) -> torch.Tensor:
+    # Asked first, because even a `to` that changes nothing costs a microsecond, ten times a layer.
+    if x.dtype is torch.float32 and x.is_contiguous():
+        return x
     return x.to(torch.float32).contiguous()
+
+
+def _indices(x: torch.Tensor) -> torch.Tensor:
+    if x.dtype is torch.int64 and x.is_contiguous():
+        return x
+    return x.to(torch.int64).contiguous()
 
 
 def _vector(values: torch.Tensor | None, size: int, what: str) -> torch.Tensor | None:
@@ -168,7 +177,7 @@ class _StepArrays:
         self.query_lens = (c_int64 * n)(*inputs.query_lens)
         self.context_lens = (c_int64 * n)(*inputs.context_lens)
         self.query_starts = (c_int64 * n)(*inputs.query_starts)
-        self.tables = inputs.block_tables.to(torch.int64).contiguous()
+        self.tables = _indices(inputs.block_tables)
         self.layers: dict[tuple[Any, ...], tuple[_Attention, Any]] = {}
 
     def layer(
@@ -260,19 +269,19 @@ class NativeKernels:
         return weights[key].address
 
     def _check(self, status: int, what: str) -> None:
+        if status == 0:
+            return
         if status == -1:
             raise MemoryError(f"{what}: no memory for scratch space of the native CPU kernels")
-        if status:
-            raise ValueError(f"{what}: a slot, block or head index lies outside the cache")
+        raise ValueError(f"{what}: a slot, block or head index lies outside the cache")
 
     @staticmethod
     def _input(x: torch.Tensor, w: QuantTensor) -> tuple[torch.Tensor, int]:
         """x as C reads it, and its number of rows."""
         if x.shape[-1] != w.cols:
             raise ValueError(f"activations have {x.shape[-1]} columns, the weight {w.cols}")
-        if x.dtype is not torch.float32 or not x.is_contiguous():
-            x = _contiguous_floats(x)
-        return x, x.shape[:-1].numel()
+        x = _contiguous_floats(x)
+        return x, x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
 
     # ---- products ----
 
@@ -371,7 +380,7 @@ class NativeKernels:
 
     def embedding(self, ids: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         """Integer ids [T] -> float32 [T, w.cols]; an id outside [0, w.rows) gives zeros."""
-        ids = ids.to(torch.int64).contiguous()
+        ids = _indices(ids)
         out = torch.empty((ids.numel(), w.cols), dtype=torch.float32)
         status = self._library.mt_rows(self._context, self._describe(w), ids.data_ptr(), 0, ids.numel(), out.data_ptr())
         self._check(status, "embedding")
@@ -479,7 +488,7 @@ class NativeKernels:
                 f"{tuple(k_cache.shape)}"
             )
         k, v = _contiguous_floats(k), _contiguous_floats(v)
-        slots = slot_mapping.to(torch.int64).contiguous()
+        slots = _indices(slot_mapping)
         width = heads * head_dim
         status = self._library.mt_write_kv(
             self._context,

@@ -188,9 +188,14 @@ INLINE void load_keys(const attention *a, const attention_task *task, int64_t fi
     int64_t size = a->cache_type == F32 ? 4 : 2, head_bytes = a->head_dim * size;
     const int64_t *table = a->tables + task->sequence * a->table_stride;
     int64_t block = first / a->block_size, offset = first % a->block_size;
+    const int64_t ahead = 8 * a->n_kv_heads * head_bytes;
     for (int64_t i = 0; i < n; i++) {
         int64_t slot = table[block] * a->block_size + offset;
         int64_t byte = (slot * a->n_kv_heads + task->kv_head) * head_bytes;
+        for (int64_t line = 0; line < head_bytes; line += 64) { /* heads in between defeat the hardware's prefetcher */
+            __builtin_prefetch(a->keys + byte + ahead + line);
+            __builtin_prefetch(a->values + byte + ahead + line);
+        }
         from_cache(a->keys + byte, a->head_dim, work->padded, a->cache_type, work->keys + i * work->padded);
         from_cache(a->values + byte, a->head_dim, work->padded, a->cache_type, work->values + i * work->padded);
         if (++offset == a->block_size) {
