@@ -1,0 +1,810 @@
+// The small kernels of a decode step (one new token a sequence), made for CUDA graphs: fixed addresses and grids, every
+// length read from device memory. A sequence slot with position -1 is padding: it writes no cache and gets zeros.
+//
+// One section is compiled at a time: rotary embedding + cache writes and attention where HEAD_DIM is defined, residual
+// add + RMS norm where HIDDEN is, argmax where neither is. No header is included: NVRTC needs none.
+// Only what no kernel of a step writes is __restrict__: else a load could be moved ahead of the wait for its writer.
+// Lane-to-element maps of mma fragments and movmatrix are those of the PTX ISA manual.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+enum { HALF, BFLOAT, FLOAT };
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+template <int KIND>
+__device__ __forceinline__ float to_float(u16 bits) {
+    if (KIND == BFLOAT) return __uint_as_float((u32)bits << 16);
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+    return f;
+}
+
+template <int KIND>
+__device__ __forceinline__ u16 to_bits(float v) {
+    u16 bits;
+    if (KIND == BFLOAT) {
+        const u32 b = __float_as_uint(v);
+        bits = v != v ? (u16)0x7fff : (u16)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+    } else {
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+    }
+    return bits;
+}
+
+template <int KIND>
+__device__ __forceinline__ float load(const void* p, size_t i) {
+    return KIND == FLOAT ? ((const float*)p)[i] : to_float<KIND>(((const u16*)p)[i]);
+}
+template <int KIND>
+__device__ __forceinline__ void store(void* p, size_t i, float v) {
+    if (KIND == FLOAT) ((float*)p)[i] = v;
+    else ((u16*)p)[i] = to_bits<KIND>(v);
+}
+
+template <int KIND>
+__device__ __forceinline__ u32 pack(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    u32 bits;
+    if (KIND == BFLOAT) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+#else
+    return to_bits<KIND>(low) | (u32)to_bits<KIND>(high) << 16;
+#endif
+}
+
+// Four numbers at an index that is a multiple of four.
+template <int KIND>
+__device__ __forceinline__ float4 load4(const void* p, size_t i) {
+    if (KIND == FLOAT) return *(const float4*)((const float*)p + i);
+    const uint2 w = *(const uint2*)((const u16*)p + i);
+    return make_float4(to_float<KIND>((u16)w.x), to_float<KIND>((u16)(w.x >> 16)), to_float<KIND>((u16)w.y),
+                       to_float<KIND>((u16)(w.y >> 16)));
+}
+template <int KIND>
+__device__ __forceinline__ void store4(void* p, size_t i, float4 v) {
+    if (KIND == FLOAT) *(float4*)((float*)p + i) = v;
+    else *(uint2*)((u16*)p + i) = make_uint2(pack<KIND>(v.x, v.y), pack<KIND>(v.z, v.w));
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(ALL_LANES, v, step);
+    return v;
+}
+
+#if defined(HEAD_DIM)
+// ---- rotary embedding, per-head norms, and the new token's key and value into the cache ----
+//
+// Defines: X_KIND, KV_KIND, HEAD_DIM, BLOCK_SIZE, HEAD_TILES, NWARPS, MIN_BLOCKS, SLOT (type of slot_mapping).
+
+// qkv [S][query_heads + 2 kv_heads][HEAD_DIM]; q is overwritten, k and v go to the caches [slots][kv_heads][HEAD_DIM].
+// A warp takes a head. bias (of the whole row), q_norm and k_norm (of a head): float32, or null. cosines and sines:
+// [positions][half_rotary]. interleaved: rotates numbers (2i, 2i + 1) of a head, else (i, i + half_rotary).
+extern "C" __global__ void __launch_bounds__(128)
+    rope_write_kv(void* qkv, const float* __restrict__ bias, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+                  float eps, const float* __restrict__ cosines, const float* __restrict__ sines, int half_rotary,
+                  int interleaved, const int* positions, const SLOT* slot_mapping, void* k_cache,
+                  void* v_cache, int query_heads, int kv_heads) {
+    constexpr int PAIRS = HEAD_DIM / 2, ITEMS = (PAIRS + 31) / 32;
+    let_next_kernel_start();
+    const int lane = threadIdx.x & 31, head = blockIdx.x * 4 + (threadIdx.x >> 5), s = blockIdx.y;
+    const int heads = query_heads + 2 * kv_heads;
+    if (head >= heads) return;
+    wait_for_previous_kernel();
+    const int position = positions[s];
+    if (position < 0) return;
+    const bool is_query = head < query_heads, is_value = head >= query_heads + kv_heads;
+    const float* norm = is_query ? q_norm : is_value ? nullptr : k_norm;
+    const int rotated = is_value ? 0 : half_rotary;
+    const size_t row = ((size_t)s * heads + head) * HEAD_DIM;
+
+    int at[ITEMS][2];
+    float v[ITEMS][2], squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int pair = lane + 32 * i;
+        const bool adjacent = interleaved || pair >= rotated;  // numbers that are not rotated go in twos
+        at[i][0] = adjacent ? 2 * pair : pair;
+        at[i][1] = adjacent ? 2 * pair + 1 : pair + rotated;
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            v[i][e] = 0.f;
+            if (pair < PAIRS) {
+                v[i][e] = load<X_KIND>(qkv, row + at[i][e]);
+                if (bias) v[i][e] += bias[head * HEAD_DIM + at[i][e]];
+                squares += v[i][e] * v[i][e];
+            }
+        }
+    }
+    const float inverse = norm ? rsqrtf(warp_sum(squares) / HEAD_DIM + eps) : 1.f;
+    const size_t slot = is_query ? 0 : (size_t)slot_mapping[s];
+    const size_t cached = (slot * kv_heads + (head - query_heads - (is_value ? kv_heads : 0))) * HEAD_DIM;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int pair = lane + 32 * i;
+        if (pair >= PAIRS) continue;
+        float a = v[i][0], b = v[i][1];
+        if (norm) {
+            a *= inverse * norm[at[i][0]];
+            b *= inverse * norm[at[i][1]];
+        }
+        if (pair < rotated) {
+            const float c = cosines[(size_t)position * half_rotary + pair], d = sines[(size_t)position * half_rotary + pair];
+            const float turned = a * c - b * d;
+            b = b * c + a * d;
+            a = turned;
+        }
+        if (is_query) {
+            store<X_KIND>(qkv, row + at[i][0], a);
+            store<X_KIND>(qkv, row + at[i][1], b);
+        } else {
+            void* cache = is_value ? v_cache : k_cache;
+            store<KV_KIND>(cache, cached + at[i][0], a);
+            store<KV_KIND>(cache, cached + at[i][1], b);
+        }
+    }
+}
+
+// ---- attention over the paged cache ----
+//
+// A job is up to 8 * HEAD_TILES consecutive query heads that read one KV head. A unit is a stretch of one sequence's
+// visible keys. Block (x, y) does unit x of job y; each block finds its unit from the positions, so that the units of any
+// mix of lengths fill the GPU. The last block of a (sequence, job) to finish adds up its units, in order.
+//
+// Keys are taken 16 at a time, straight from memory to registers to the tensor cores:
+//   scores[16 keys][8 heads] = K (A operand) x q (B operand); the order of the numbers of a head is free as long as both
+//     agree, so a lane's fragments are 16 contiguous bytes;
+//   out[16 dims][8 heads] += V transposed (A operand; two keys' numbers interleaved in registers) x weights (B operand:
+//     the scores' fragment transposed by movmatrix).
+
+constexpr int WARPS = NWARPS, THREADS = WARPS * 32;
+constexpr int D = HEAD_DIM, HEADS = 8 * HEAD_TILES, KEYS = 16;
+constexpr int MAX_SEQUENCES = 64;
+constexpr int SLOTS = WARPS / 2;  // half of the warps leave their sums in shared memory, the other half add theirs
+constexpr float LOWEST = -1e30f;  // instead of -infinity: differences stay numbers
+constexpr float LOG2E = 1.4426950408889634f;
+static_assert(D % 8 == 0 && BLOCK_SIZE % KEYS == 0, "heads in eights, blocks in sixteens");
+
+__device__ __forceinline__ float exp2_fast(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+// A raw product to a score in units of log 2. softcap 0: none. tanh(x) = 1 - 2 / (exp(2 x) + 1).
+__device__ __forceinline__ float score(float product, float scale, float softcap) {
+    const float x = product * scale;
+    if (softcap == 0.f) return x * LOG2E;
+    return softcap * LOG2E * (1.f - 2.f / (exp2_fast(2.f * LOG2E * x / softcap) + 1.f));
+}
+
+struct Unit {
+    int sequence, index, count;  // this unit is `index` of the sequence's `count`
+    int first, begin, end;       // first visible key of the sequence; keys [begin, end), begin a multiple of 16
+};
+
+__device__ __forceinline__ int first_visible(int position, int window) {
+    return window > 0 && position >= window ? position - window + 1 : 0;
+}
+// Keys from the 16-aligned start of what a query sees to its own.
+__device__ __forceinline__ int span(int position, int window) {
+    return position < 0 ? 0 : position + 1 - (first_visible(position, window) & ~(KEYS - 1));
+}
+__device__ __forceinline__ int units_of(int keys, int size) { return keys > size ? (keys + size - 1) / size : 1; }
+__device__ __forceinline__ int round_up(int keys) { return (keys + KEYS - 1) & ~(KEYS - 1); }
+
+// The unit of this block; false where there are fewer. Units are as small as lets them be at most `target` in all (the
+// GPU filled once), of at least min_keys keys. A sequence has at least one, so there are at most target + sequences.
+__device__ __forceinline__ bool find_unit(const int* positions, int sequences, int window, int target, int min_keys, Unit& unit) {
+    __shared__ int counts[MAX_SEQUENCES];
+    const int lane = threadIdx.x & 31;
+    if (threadIdx.x < 32) {
+        const int low = lane < sequences ? span(positions[lane], window) : 0;
+        const int high = lane + 32 < sequences ? span(positions[lane + 32], window) : 0;
+        int total = low + high;
+#pragma unroll
+        for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(ALL_LANES, total, step);
+        int size = round_up((total + target - 1) / target);
+        if (size <= min_keys) {
+            size = min_keys;
+        } else if (sequences > 1) {
+            // Each lane tries a size, 1/16 apart.
+            const int mine = round_up(size + (int)((long long)size * lane / 16));
+            int units = 0;
+            for (int s = 0; s < sequences; s++) units += units_of(__shfl_sync(ALL_LANES, s < 32 ? low : high, s & 31), mine);
+            const u32 fits = __ballot_sync(ALL_LANES, units <= target);
+            size = __shfl_sync(ALL_LANES, mine, fits ? __ffs(fits) - 1 : 31);
+        }
+        if (lane < sequences) counts[lane] = units_of(low, size);
+        if (lane + 32 < sequences) counts[lane + 32] = units_of(high, size);
+    }
+    __syncthreads();
+    int s = 0, before = 0;
+    while (s < sequences && (int)blockIdx.x >= before + counts[s]) before += counts[s++];
+    if (s == sequences) return false;
+    const int position = positions[s], keys = span(position, window), count = counts[s];
+    const int piece = round_up((keys + count - 1) / count);
+    unit.sequence = s;
+    unit.index = (int)blockIdx.x - before;
+    unit.count = count;
+    unit.first = first_visible(position, window);
+    unit.begin = (unit.first & ~(KEYS - 1)) + unit.index * piece;
+    unit.end = min(position + 1, unit.begin + piece);
+    return true;
+}
+
+struct Cache {
+    const void *keys, *values;
+    const int* table;  // of the sequence
+    int kv_heads, kv_head;
+    // Index of the first number of the first key of a tile of 16 that lies in the given block.
+    __device__ __forceinline__ size_t at(int block, int tile) const {
+        return (((size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE) * kv_heads + kv_head) * D;
+    }
+    __device__ __forceinline__ int block(int tile) const { return table[tile * KEYS / BLOCK_SIZE]; }
+};
+
+#if KV_KIND != 2 && (KV_KIND == 0 || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+#define TENSOR_CORES 1
+#else
+#define TENSOR_CORES 0
+#endif
+
+#if TENSOR_CORES
+constexpr int CHUNKS = (D + 31) / 32;   // of a key: a lane holds 8 numbers of each
+constexpr int PANELS = (D + 63) / 64;   // of a value: a lane holds 8 numbers of each
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    if (KV_KIND == BFLOAT)
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    else
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+            : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};\n"
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%7,%8},{%9},{%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b0), "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+__device__ __forceinline__ u32 transpose(u32 v) {
+    u32 r;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+__device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+// Eight numbers of the cache as 16-bit numbers. Narrower types of cache would be widened here.
+__device__ __forceinline__ uint4 eight(const void* cache, size_t at, bool ok) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (ok) v = __ldcg((const uint4*)((const u16*)cache + at));
+    return v;
+}
+// Eight numbers of a query in the cache's type.
+__device__ __forceinline__ uint4 query_eight(const void* q, size_t at) {
+    uint4 v;
+    if constexpr (X_KIND == KV_KIND) {
+        v = *(const uint4*)((const u16*)q + at);
+    } else {
+        u32 w[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) w[i] = pack<KV_KIND>(load<X_KIND>(q, at + 2 * i), load<X_KIND>(q, at + 2 * i + 1));
+        v = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+    return v;
+}
+
+// One warp's sums. Lane (g = lane / 4, c = lane % 4): heads 2c and 2c + 1 of each tile of heads; of panel h, dims
+// 64 h + 8 g + 2 u (elements 0, 1) and the next (elements 2, 3).
+struct Sums {
+    float out[HEAD_TILES][PANELS * 4][4];
+    float most[HEAD_TILES][2], total[HEAD_TILES][2];
+
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const void* q, size_t q_at, int heads, float scale, float softcap) {
+        __shared__ uint4 queries[HEAD_TILES][CHUNKS][32];
+        const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+        int tile = unit.begin / KEYS + warp;
+        const int last = (unit.end + KEYS - 1) / KEYS;
+        int block = tile < last ? cache.block(tile) : 0;
+        for (int i = warp; i < HEAD_TILES * CHUNKS; i += WARPS) {
+            const int head = i / CHUNKS * 8 + g, dim = i % CHUNKS * 32 + 8 * c;
+            queries[i / CHUNKS][i % CHUNKS][lane] =
+                head < heads && dim < D ? query_eight(q, q_at + (size_t)head * D + dim) : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_TILES; n++) {
+#pragma unroll
+            for (int t = 0; t < PANELS * 4; t++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) out[n][t][e] = 0.f;
+            most[n][0] = most[n][1] = LOWEST;
+            total[n][0] = total[n][1] = 0.f;
+        }
+        const size_t stride = (size_t)cache.kv_heads * D;
+        uint4 k[2][CHUNKS], v[4][PANELS];
+        auto load_keys = [&](int t, int in) {
+            const size_t at = cache.at(in, t) + g * stride + 8 * c;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int key = t * KEYS + g + 8 * r;
+                const bool ok = key >= unit.first && key < unit.end;
+#pragma unroll
+                for (int j = 0; j < CHUNKS; j++)
+                    k[r][j] = eight(cache.keys, at + 8 * r * stride + 32 * j, ok && (D % 32 == 0 || 32 * j + 8 * c < D));
+            }
+        };
+        auto load_values = [&](int t, int in) {
+            const size_t at = cache.at(in, t) + 2 * c * stride + 8 * g;
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const int row = (r & 1) + 8 * (r >> 1), key = t * KEYS + 2 * c + row;
+                const bool ok = key >= unit.first && key < unit.end;
+#pragma unroll
+                for (int h = 0; h < PANELS; h++)
+                    v[r][h] = eight(cache.values, at + row * stride + 64 * h, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+            }
+        };
+        if (tile < last) {
+            load_keys(tile, block);
+            load_values(tile, block);
+        }
+        if (tile + WARPS < last) block = cache.block(tile + WARPS);
+        __syncthreads();
+        for (; tile < last; tile += WARPS) {
+            float s[HEAD_TILES][4];
+#pragma unroll
+            for (int n = 0; n < HEAD_TILES; n++) {
+                s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+#pragma unroll
+                for (int j = 0; j < CHUNKS; j++) {
+                    const uint4 b = queries[n][j][lane];
+                    mma(s[n], k[0][j].x, k[1][j].x, k[0][j].y, k[1][j].y, b.x, b.y);
+                    mma(s[n], k[0][j].z, k[1][j].z, k[0][j].w, k[1][j].w, b.z, b.w);
+                }
+            }
+            // The keys' registers are free: fetch the next tile's while this one goes on.
+            const int next = tile + WARPS, next_block = block;
+            if (next < last) load_keys(next, next_block);
+            if (next + WARPS < last) block = cache.block(next + WARPS);
+            const int key = tile * KEYS + g;
+            const bool seen[2] = {key >= unit.first && key < unit.end, key + 8 >= unit.first && key + 8 < unit.end};
+            u32 weights[HEAD_TILES][2];
+#pragma unroll
+            for (int n = 0; n < HEAD_TILES; n++) weigh(s[n], seen, scale, softcap, n, weights[n]);
+#pragma unroll
+            for (int h = 0; h < PANELS; h++)
+#pragma unroll
+                for (int u = 0; u < 4; u++) {
+                    const u32 w0 = word(v[0][h], u), w1 = word(v[1][h], u), w2 = word(v[2][h], u), w3 = word(v[3][h], u);
+                    const u32 a0 = __byte_perm(w0, w1, 0x5410), a1 = __byte_perm(w0, w1, 0x7632);
+                    const u32 a2 = __byte_perm(w2, w3, 0x5410), a3 = __byte_perm(w2, w3, 0x7632);
+#pragma unroll
+                    for (int n = 0; n < HEAD_TILES; n++) mma(out[n][h * 4 + u], a0, a1, a2, a3, weights[n][0], weights[n][1]);
+                }
+            if (next < last) load_values(next, next_block);
+        }
+#pragma unroll
+        for (int n = 0; n < HEAD_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+#pragma unroll
+                for (int step = 4; step < 32; step <<= 1) total[n][e] += __shfl_xor_sync(ALL_LANES, total[n][e], step);
+    }
+
+    // Raw products of 16 keys (g: elements 0, 1; g + 8: elements 2, 3) to weights as a B operand; maxima kept up.
+    __device__ __forceinline__ void weigh(const float (&product)[4], const bool (&seen)[2], float scale, float softcap, int n, u32 (&weights)[2]) {
+        float s[4], best[2];
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[e] = seen[e >> 1] ? score(product[e], scale, softcap) : -__int_as_float(0x7f800000);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            best[e] = fmaxf(s[e], s[e + 2]);
+#pragma unroll
+            for (int step = 4; step < 32; step <<= 1) best[e] = fmaxf(best[e], __shfl_xor_sync(ALL_LANES, best[e], step));
+        }
+        if (__any_sync(ALL_LANES, best[0] > most[n][0] || best[1] > most[n][1])) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const float raised = fmaxf(most[n][e], best[e]), factor = exp2_fast(most[n][e] - raised);
+                most[n][e] = raised;
+                scale_head(n, e, factor);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            s[e] = exp2_fast(s[e] - most[n][e & 1]);
+            total[n][e & 1] += s[e];
+        }
+        weights[0] = transpose(pack<KV_KIND>(s[0], s[1]));
+        weights[1] = transpose(pack<KV_KIND>(s[2], s[3]));
+    }
+    __device__ __forceinline__ void scale_head(int n, int e, float factor) {
+        total[n][e] *= factor;
+#pragma unroll
+        for (int t = 0; t < PANELS * 4; t++) {
+            out[n][t][e] *= factor;
+            out[n][t][e + 2] *= factor;
+        }
+    }
+
+    // Calls f(head, most, total) for each head on one lane, or scales each head's sums by f(head).
+    template <class F>
+    __device__ __forceinline__ void heads(F f) const {
+        const int lane = threadIdx.x & 31;
+        if (lane < 4)
+#pragma unroll
+            for (int n = 0; n < HEAD_TILES; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) f(n * 8 + 2 * lane + e, most[n][e], total[n][e]);
+    }
+    template <class F>
+    __device__ __forceinline__ void rescale(F f) {
+#pragma unroll
+        for (int n = 0; n < HEAD_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) scale_head(n, e, f(n * 8 + 2 * (threadIdx.x & 3) + e));
+    }
+    // part[HEADS][D] = (or, ADD, +=) these sums
+    template <bool ADD>
+    __device__ __forceinline__ void leave(float* part) const {
+        const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+#pragma unroll
+        for (int n = 0; n < HEAD_TILES; n++)
+#pragma unroll
+            for (int h = 0; h < PANELS; h++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int dim = 64 * h + 8 * g;
+#pragma unroll
+                    for (int u = 0; u < 4; u += 2) {
+                        if (D % 64 != 0 && dim >= D) break;
+                        float4* to = (float4*)(part + (n * 8 + 2 * c + e) * D + dim + 2 * u);
+                        const float* x = out[n][h * 4 + u];
+                        const float* y = out[n][h * 4 + u + 1];
+                        float4 sum = make_float4(x[e], x[e + 2], y[e], y[e + 2]);
+                        if (ADD) {
+                            const float4 there = *to;
+                            sum = make_float4(sum.x + there.x, sum.y + there.y, sum.z + there.z, sum.w + there.w);
+                        }
+                        *to = sum;
+                    }
+                }
+    }
+};
+
+#else
+// float32 caches (exact mode), and bfloat16 where tensor cores do not take it: plain float32 arithmetic. A lane holds
+// numbers lane, lane + 32, ... of every head.
+constexpr int ITEMS = (D + 31) / 32;
+static_assert(HEAD_TILES == 1, "eight heads at most");
+
+struct Sums {
+    float out[HEADS][ITEMS], most[HEADS], total[HEADS];
+
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const void* q, size_t q_at, int heads, float scale, float softcap) {
+        __shared__ float queries[HEADS][D];
+        const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+        for (int i = threadIdx.x; i < HEADS * D; i += THREADS) queries[i / D][i % D] = i / D < heads ? load<X_KIND>(q, q_at + i) : 0.f;
+        __syncthreads();
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            most[h] = LOWEST;
+            total[h] = 0.f;
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) out[h][i] = 0.f;
+        }
+        const size_t stride = (size_t)cache.kv_heads * D;
+        for (int tile = unit.begin / KEYS + warp; tile * KEYS < unit.end; tile += WARPS) {
+            const size_t at = cache.at(cache.block(tile), tile);
+            for (int key = max(unit.first, tile * KEYS); key < min(unit.end, tile * KEYS + KEYS); key++) {
+                const size_t row = at + (key - tile * KEYS) * stride;
+                float k[ITEMS], v[ITEMS];
+#pragma unroll
+                for (int i = 0; i < ITEMS; i++) {
+                    const bool ok = D % 32 == 0 || lane + 32 * i < D;
+                    k[i] = ok ? load<KV_KIND>(cache.keys, row + lane + 32 * i) : 0.f;
+                    v[i] = ok ? load<KV_KIND>(cache.values, row + lane + 32 * i) : 0.f;
+                }
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    if (h >= heads) continue;
+                    float product = 0.f;
+#pragma unroll
+                    for (int i = 0; i < ITEMS; i++)
+                        if (D % 32 == 0 || lane + 32 * i < D) product += k[i] * queries[h][lane + 32 * i];
+                    const float s = score(warp_sum(product), scale, softcap);
+                    const float raised = fmaxf(most[h], s), factor = exp2_fast(most[h] - raised), weight = exp2_fast(s - raised);
+                    most[h] = raised;
+                    total[h] = total[h] * factor + weight;
+#pragma unroll
+                    for (int i = 0; i < ITEMS; i++) out[h][i] = out[h][i] * factor + weight * v[i];
+                }
+            }
+        }
+    }
+    template <class F>
+    __device__ __forceinline__ void heads(F f) const {
+        if ((threadIdx.x & 31) == 0)
+#pragma unroll
+            for (int h = 0; h < HEADS; h++) f(h, most[h], total[h]);
+    }
+    template <class F>
+    __device__ __forceinline__ void rescale(F f) {
+#pragma unroll
+        for (int h = 0; h < HEADS; h++) {
+            const float factor = f(h);
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) out[h][i] *= factor;
+        }
+    }
+    template <bool ADD>
+    __device__ __forceinline__ void leave(float* part) const {
+        const int lane = threadIdx.x & 31;
+#pragma unroll
+        for (int h = 0; h < HEADS; h++)
+#pragma unroll
+            for (int i = 0; i < ITEMS; i++) {
+                const int dim = lane + 32 * i;
+                if (D % 32 == 0 || dim < D) part[h * D + dim] = out[h][i] + (ADD ? part[h * D + dim] : 0.f);
+            }
+    }
+};
+#endif
+
+// Adds up the units of one sequence and job: partials[unit][jobs][HEADS][D], stats[unit][jobs][HEADS] (maximum, sum of
+// weights) from unit `first_unit` on.
+__device__ __forceinline__ void combine(const float* partials, const float2* stats, int first_unit, int count, int heads, void* out, size_t out_at) {
+    constexpr int BATCH = 8;
+    const size_t step = (size_t)gridDim.y * HEADS;
+    for (int e = threadIdx.x * 4; e < heads * D; e += THREADS * 4) {
+        const size_t head = ((size_t)first_unit * gridDim.y + blockIdx.y) * HEADS + e / D;
+        const float2* stat = stats + head;
+        const float* part = partials + head * D + e % D;
+        float most = LOWEST, total = 0.f;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = 0; i < count; i += BATCH) {
+            float2 m[BATCH];
+            float4 p[BATCH];
+            float raised = most;
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                m[b] = make_float2(LOWEST, 0.f);
+                p[b] = make_float4(0.f, 0.f, 0.f, 0.f);
+                if (i + b < count) {
+                    m[b] = __ldcg(stat + (i + b) * step);
+                    p[b] = __ldcg((const float4*)(part + (i + b) * step * D));
+                }
+            }
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) raised = fmaxf(raised, m[b].x);
+            const float factor = exp2_fast(most - raised);
+            most = raised;
+            total *= factor;
+            sum = make_float4(sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor);
+#pragma unroll
+            for (int b = 0; b < BATCH; b++) {
+                const float weight = exp2_fast(m[b].x - raised);
+                total += weight * m[b].y;
+                sum = make_float4(sum.x + weight * p[b].x, sum.y + weight * p[b].y, sum.z + weight * p[b].z, sum.w + weight * p[b].w);
+            }
+        }
+        const float inverse = 1.f / total;
+        store4<X_KIND>(out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+    }
+}
+
+// q: row s at s * q_stride, query heads one after another; out [S][query_heads][D]. jobs: [gridDim.y][3]: KV head, first
+// query head, query heads. counters: [S][gridDim.y], zero before and after. scale multiplies the products.
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    attention_decode(const void* q, int q_stride, const void* keys, const void* values, const int* __restrict__ jobs,
+                     const int* positions, const int* block_tables,
+                     int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap, int window,
+                     int target, int min_keys, void* out, float* partials, float2* stats, u32* counters) {
+    __shared__ __align__(16) float parts[SLOTS][HEADS * D];
+    __shared__ float warp_most[WARPS][HEADS], warp_total[WARPS][HEADS], most[HEADS], total[HEADS];
+    __shared__ bool is_last;
+    let_next_kernel_start();
+    const int kv_head = jobs[blockIdx.y * 3], first_head = jobs[blockIdx.y * 3 + 1], heads = jobs[blockIdx.y * 3 + 2];
+    wait_for_previous_kernel();
+    Unit unit;
+    if (!find_unit(positions, sequences, window, target, min_keys, unit)) return;
+    const int warp = threadIdx.x >> 5;
+    const size_t out_at = ((size_t)unit.sequence * query_heads + first_head) * D;
+    const Cache cache = {keys, values, block_tables + (size_t)unit.sequence * table_width, kv_heads, kv_head};
+    Sums sums;
+    sums.run(unit, cache, q, (size_t)unit.sequence * q_stride + first_head * D, heads, scale, softcap);
+
+    sums.heads([&](int head, float m, float l) {
+        warp_most[warp][head] = m;
+        warp_total[warp][head] = l;
+    });
+    __syncthreads();
+    if (threadIdx.x < HEADS) {
+        float m = LOWEST, l = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_most[w][threadIdx.x]);
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) l += warp_total[w][threadIdx.x] * exp2_fast(warp_most[w][threadIdx.x] - m);
+        most[threadIdx.x] = m;
+        total[threadIdx.x] = l;
+    }
+    sums.rescale([&](int head) {
+        float m = LOWEST;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) m = fmaxf(m, warp_most[w][head]);
+        return exp2_fast(warp_most[warp][head] - m);
+    });
+    if (warp >= SLOTS) sums.leave<false>(parts[warp - SLOTS]);
+    __syncthreads();
+    if (warp < SLOTS) sums.leave<true>(parts[warp]);
+    __syncthreads();
+
+    const size_t mine = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * HEADS;
+    for (int e = threadIdx.x * 4; e < heads * D; e += THREADS * 4) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; slot++) {
+            const float4 p = *(const float4*)(parts[slot] + e);
+            sum = make_float4(sum.x + p.x, sum.y + p.y, sum.z + p.z, sum.w + p.w);
+        }
+        if (unit.count == 1) {
+            const float l = total[e / D], inverse = l > 0.f ? 1.f / l : 0.f;
+            store4<X_KIND>(out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+        } else {
+            __stcg((float4*)(partials + mine * D + e), sum);
+        }
+    }
+    if (unit.count == 1) return;
+    if (threadIdx.x < heads) __stcg(stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        u32* counter = counters + (size_t)unit.sequence * gridDim.y + blockIdx.y;
+        is_last = atomicAdd(counter, 1u) == (u32)unit.count - 1;
+        if (is_last) *counter = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (is_last) combine(partials, stats, (int)blockIdx.x - unit.index, unit.count, heads, out, out_at);
+}
+
+#elif defined(HIDDEN)
+// ---- residual += [post norm of] partial; out = norm of residual ----
+//
+// Defines: HIDDEN (a multiple of 4), NTHREADS, X_KIND, PARTIAL_KIND.
+
+constexpr int THREADS = NTHREADS, WARPS = THREADS / 32, VECTORS = HIDDEN / 4, ITEMS = (VECTORS + THREADS - 1) / THREADS;
+static_assert(HIDDEN % 4 == 0 && THREADS % 32 == 0, "numbers in fours, threads in warps");
+
+// The sum over the block, on every thread. `scratch` may not be in use by an earlier call.
+__device__ __forceinline__ float block_sum(float v, float* scratch) {
+    v = warp_sum(v);
+    if ((threadIdx.x & 31) == 0) scratch[threadIdx.x >> 5] = v;
+    __syncthreads();
+    const int lane = threadIdx.x & 31;
+    return warp_sum(lane < WARPS ? scratch[lane] : 0.f);
+}
+__device__ __forceinline__ float squares(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
+
+// A block a token. residual float32 [T][HIDDEN], in place; partial [T][HIDDEN] or null (only the norm is taken);
+// post_weight null: no post norm. out [T][HIDDEN]. Weights float32 [HIDDEN], taken plus `offset`.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_rms_norm(float* residual, const void* partial, const float* __restrict__ post_weight,
+                 const float* __restrict__ weight, void* out, float eps, float offset) {
+    __shared__ float scratch[2][32];
+    let_next_kernel_start();
+    float4 w[ITEMS], r[ITEMS], p[ITEMS];
+    const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
+    // Weights do not depend on the kernel before.
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + i * THREADS;
+        w[i] = at < VECTORS ? load4<FLOAT>(weight, 4 * at) : none;
+    }
+    wait_for_previous_kernel();
+    const size_t row = (size_t)blockIdx.x * HIDDEN;
+    float post_squares = 0.f, all_squares = 0.f;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + i * THREADS;
+        r[i] = at < VECTORS ? load4<FLOAT>(residual, row + 4 * at) : none;
+        p[i] = at < VECTORS && partial ? load4<PARTIAL_KIND>(partial, row + 4 * at) : none;
+        post_squares += squares(p[i]);
+    }
+    const float post = post_weight ? rsqrtf(block_sum(post_squares, scratch[0]) / HIDDEN + eps) : 1.f;
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + i * THREADS;
+        if (post_weight && at < VECTORS) {
+            const float4 f = load4<FLOAT>(post_weight, 4 * at);
+            p[i] = make_float4(p[i].x * post * (f.x + offset), p[i].y * post * (f.y + offset), p[i].z * post * (f.z + offset), p[i].w * post * (f.w + offset));
+        }
+        r[i] = make_float4(r[i].x + p[i].x, r[i].y + p[i].y, r[i].z + p[i].z, r[i].w + p[i].w);
+        all_squares += squares(r[i]);
+    }
+    const float inverse = rsqrtf(block_sum(all_squares, scratch[1]) / HIDDEN + eps);
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + i * THREADS;
+        if (at >= VECTORS) continue;
+        if (partial) store4<FLOAT>(residual, row + 4 * at, r[i]);
+        store4<X_KIND>(out, row + 4 * at, make_float4(r[i].x * inverse * (w[i].x + offset), r[i].y * inverse * (w[i].y + offset),
+                                                      r[i].z * inverse * (w[i].z + offset), r[i].w * inverse * (w[i].w + offset)));
+    }
+}
+
+#else
+// ---- argmax ----
+
+// A float32 and its index as one number: larger for a larger value, then for a lower index. NaN is the largest.
+__device__ __forceinline__ u64 ranked(float value, int index) {
+    const u32 b = __float_as_uint(value + 0.f);  // no -0
+    const u32 order = value != value ? 0xffffffffu : b & 0x80000000u ? ~b : b | 0x80000000u;
+    return (u64)order << 32 | (u32)~index;
+}
+
+// logits [gridDim.y][columns] -> the index of the largest (the lowest of equals) plus `first`, and its value. Every block
+// takes a stretch of a row; the last to finish writes. best and counters: [gridDim.y], zero before and after.
+extern "C" __global__ void __launch_bounds__(256) argmax(const float* logits, int columns, int first, long long* ids,
+                                                         float* largest, u64* best, u32* counters) {
+    __shared__ u64 found[8];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const float* row = logits + (size_t)blockIdx.y * columns;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int start = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+    u64 most = 0;
+    if (columns % 4 == 0) {
+        for (int i = start; i < columns / 4; i += 4 * step) {
+            float4 v[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j * step < columns / 4) v[j] = ((const float4*)row)[i + j * step];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int at = 4 * (i + j * step);
+                if (at >= columns) break;
+                most = max(most, max(max(ranked(v[j].x, at), ranked(v[j].y, at + 1)), max(ranked(v[j].z, at + 2), ranked(v[j].w, at + 3))));
+            }
+        }
+    } else {
+        for (int i = start; i < columns; i += step) most = max(most, ranked(row[i], i));
+    }
+#pragma unroll
+    for (int offset = 16; offset; offset >>= 1) most = max(most, __shfl_xor_sync(ALL_LANES, most, offset));
+    if (lane == 0) found[warp] = most;
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+#pragma unroll
+    for (int w = 1; w < 8; w++) most = max(most, found[w]);
+    atomicMax(best + blockIdx.y, most);
+    __threadfence();
+    if (atomicAdd(counters + blockIdx.y, 1u) != gridDim.x - 1) return;
+    __threadfence();
+    most = atomicExch(best + blockIdx.y, 0ull);
+    counters[blockIdx.y] = 0;
+    const int index = (int)~(u32)most;
+    ids[blockIdx.y] = (long long)index + first;
+    largest[blockIdx.y] = row[index];
+}
+#endif

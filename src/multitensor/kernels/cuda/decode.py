@@ -1,0 +1,221 @@
+"""The small kernels of a decode step, one new token a sequence: rotary + cache write, attention, norms, argmax.
+
+Made to be captured in CUDA graphs: every call launches one kernel with a fixed grid on fixed addresses and allocates
+nothing; lengths are read from device memory. `positions` (int32 [S]) holds the position of each sequence's new token,
+-1 for a slot that is padding. See decode.cu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from multitensor.kernels.cuda.program import Program, launch
+
+MAX_SEQUENCES = 64
+MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up
+MIN_KEYS = 256  # of a piece
+KEY_TILE = 16  # KV blocks are multiples of it
+WARPS = 8
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_HIDDEN = 16384
+_ARGMAX_BLOCKS = 64
+_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_SLOT_TYPES = {torch.int32: "int", torch.int64: "long long"}
+_NULL = torch.empty(0)  # its data_ptr() is 0
+
+
+class DecodeKernels:
+    """The kernels of decode.cu on one device, each variant compiled when first asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self._programs: dict[tuple[tuple[str, object], ...], Program] = {}
+        self._best = torch.zeros(MAX_SEQUENCES, dtype=torch.int64, device=device)
+        self._counters = torch.zeros(MAX_SEQUENCES, dtype=torch.int32, device=device)
+
+    @cached_property
+    def overlap(self) -> bool:
+        """Programmatic dependent launch exists from compute capability 9.0 on."""
+        return torch.cuda.get_device_capability(self.device) >= (9, 0)
+
+    def program(self, **defines: object) -> Program:
+        key = tuple(defines.items())
+        if key not in self._programs:
+            self._programs[key] = Program("decode.cu", defines, self.device)
+        return self._programs[key]
+
+    def add_rms_norm(
+        self,
+        residual: torch.Tensor,
+        partial: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        *,
+        post_weight: torch.Tensor | None = None,
+        offset: float = 0.0,
+    ) -> None:
+        """residual (float32 [S, H]) += partial ([S, H] float32 or out's type; None: nothing), through its own RMS norm
+        first where post_weight is given; out = rms_norm(residual) * (weight + offset), float16 or bfloat16 [S, H].
+
+        Weights are float32 [H]; H a multiple of 4, at most 16384. As Group.reduce_add_norm after its sum.
+        """
+        tokens, hidden = residual.shape
+        if hidden % 4 or hidden > MAX_HIDDEN:
+            raise ValueError(f"hidden size {hidden}: the norm kernel wants a multiple of 4 up to {MAX_HIDDEN}")
+        threads = min(1024, -(-hidden // 4 // 32) * 32)
+        kind = _KINDS[out.dtype if partial is None else partial.dtype]
+        program = self.program(HIDDEN=hidden, NTHREADS=threads, X_KIND=_KINDS[out.dtype], PARTIAL_KIND=kind)
+        arguments = (residual, _or_null(partial), _or_null(post_weight), weight, out, float(eps), float(offset))
+        launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=self.overlap)
+
+    def argmax(self, logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor, *, first: int = 0) -> None:
+        """logits float32 [S, V] -> ids int64 [S] (the lowest of equals, plus `first`), largest float32 [S]. NaN counts
+        as the largest value."""
+        sequences, columns = logits.shape
+        if not 0 < sequences <= MAX_SEQUENCES:
+            raise ValueError(f"argmax of {sequences} rows: from 1 to {MAX_SEQUENCES}")
+        blocks = max(1, min(_ARGMAX_BLOCKS, columns // 1024))
+        arguments = (logits, columns, first, ids, largest, self._best, self._counters)
+        launch(self.program().kernel("argmax"), (blocks, sequences), 256, 0, arguments, overlap=self.overlap)
+
+
+class DecodeAttention:
+    """Rotary embedding, cache writes and attention of the layers of one kind: same heads, types and window.
+
+    kv_map[i]: local KV head of local query head i. Caches: [blocks, block_size, kv_heads, head_dim], q in `dtype`
+    (float16 or bfloat16). Layers share the scratch, so their calls must follow one another on one stream.
+    """
+
+    def __init__(
+        self,
+        kernels: DecodeKernels,
+        kv_map: Sequence[int],
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype,
+        block_size: int,
+        sequences: int,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        min_keys: int = MIN_KEYS,
+    ) -> None:
+        if not kv_map or head_dim not in HEAD_DIMS or block_size % KEY_TILE or not 0 < sequences <= MAX_SEQUENCES:
+            raise ValueError(
+                f"no decode attention for {len(kv_map)} heads of {head_dim}, blocks of {block_size} and {sequences} "
+                f"sequences: heads of {HEAD_DIMS}, blocks in multiples of {KEY_TILE}, 1 to {MAX_SEQUENCES} sequences"
+            )
+        self.kernels, self.kv_heads, self.head_dim = kernels, kv_heads, head_dim
+        self.query_heads, self.sequences = len(kv_map), sequences
+        self.scale, self.window, self.softcap, self.min_keys = scale, window or 0, softcap or 0.0, min_keys
+        wide = _uses_tensor_cores(kv_dtype, kernels.device) and head_dim <= 128 and _longest_run(kv_map) > 8
+        head_tiles = 2 if wide else 1
+        blocks_per_processor = 2 if head_dim <= 128 and head_tiles == 1 else 1
+        jobs = head_jobs(kv_map, 8 * head_tiles)
+        self.target = max(1, min(MAX_UNITS, kernels.processors * blocks_per_processor // len(jobs)))
+        device = kernels.device
+        self._jobs = torch.tensor(jobs, dtype=torch.int32, device=device)
+        units = (self.target + sequences, len(jobs), 8 * head_tiles)
+        self._partials = torch.empty((*units, head_dim), dtype=torch.float32, device=device)
+        self._stats = torch.empty((*units, 2), dtype=torch.float32, device=device)
+        self._counters = torch.zeros((sequences, len(jobs)), dtype=torch.int32, device=device)
+        self._defines = {
+            "HEAD_DIM": head_dim,
+            "BLOCK_SIZE": block_size,
+            "X_KIND": _KINDS[dtype],
+            "KV_KIND": _KINDS[kv_dtype],
+            "HEAD_TILES": head_tiles,
+            "NWARPS": WARPS,
+            "MIN_BLOCKS": blocks_per_processor,
+        }
+
+    def rope_write_kv(
+        self,
+        qkv: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        positions: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+        *,
+        style: Literal["interleaved", "half"],
+        bias: torch.Tensor | None = None,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """qkv [S, (query heads + 2 KV heads) * head_dim]: adds bias (float32, a whole row), normalises q and k (float32
+        weights [head_dim]), rotates both, leaves q in place and puts k and v into the caches' slots.
+
+        slot_mapping: int32 or int64 [S], flat slot of the new token. cosines, sines: float32 [positions, R / 2], R the
+        numbers of a head that are rotated.
+        """
+        program = self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[slot_mapping.dtype])
+        heads = self.query_heads + 2 * self.kv_heads
+        norms = (_or_null(bias), _or_null(q_norm), _or_null(k_norm), float(eps))
+        rotary = (cosines, sines, cosines.shape[-1], int(style == "interleaved"))
+        places = (positions, slot_mapping, k_cache, v_cache, self.query_heads, self.kv_heads)
+        grid = (-(-heads // 4), qkv.shape[0])
+        kernel = program.kernel("rope_write_kv")
+        launch(kernel, grid, 128, 0, (qkv, *norms, *rotary, *places), overlap=self.kernels.overlap)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        positions: torch.Tensor,
+        block_tables: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """q: row s starts with the query heads of sequence s (qkv itself will do); out [S, query heads * head_dim].
+
+        Sequence s sees keys (position - window, position]. block_tables: int32 [S, blocks], contiguous. A sequence's
+        result depends on the lengths of the others in its last bits: they decide where its sum is cut.
+        """
+        sequences = positions.shape[0]
+        if sequences > self.sequences:
+            raise ValueError(f"{sequences} sequences where {self.sequences} were announced")
+        program = self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[torch.int64])
+        heads = (sequences, self.kv_heads, self.query_heads)
+        rules = (float(self.scale), float(self.softcap), self.window, self.target, self.min_keys)
+        arguments = (q, q.stride(0), k_cache, v_cache, self._jobs, positions, block_tables, block_tables.shape[1])
+        scratch = (out, self._partials, self._stats, self._counters)
+        grid = (self.target + sequences, self._jobs.shape[0])
+        kernel = program.kernel("attention_decode")
+        launch(kernel, grid, 32 * WARPS, 0, (*arguments, *heads, *rules, *scratch), overlap=self.kernels.overlap)
+
+
+def head_jobs(kv_map: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """(KV head, first query head, query heads) of runs of up to `size` consecutive query heads on one KV head."""
+    jobs: list[tuple[int, int, int]] = []
+    for head, kv_head in enumerate(kv_map):
+        if jobs and jobs[-1][0] == kv_head and jobs[-1][2] < size:
+            jobs[-1] = (kv_head, jobs[-1][1], jobs[-1][2] + 1)
+        else:
+            jobs.append((kv_head, head, 1))
+    return jobs
+
+
+def _longest_run(kv_map: Sequence[int]) -> int:
+    return max(count for _, _, count in head_jobs(kv_map, len(kv_map)))
+
+
+def _uses_tensor_cores(kv_dtype: torch.dtype, device: torch.device) -> bool:
+    """As TENSOR_CORES of decode.cu."""
+    if kv_dtype == torch.bfloat16:
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return kv_dtype == torch.float16
+
+
+def _or_null(tensor: torch.Tensor | None) -> torch.Tensor:
+    return _NULL if tensor is None else tensor
