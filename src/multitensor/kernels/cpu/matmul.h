@@ -714,8 +714,11 @@ FN void quantize_row(const float *x, int64_t cols, int64_t padded, int8_t *q, fl
             poison = vf_fma(v, vf_zero(), poison); /* 0, or NaN for NaN and infinity */
         }
         float most = vf_largest(largest), scale = most / 127.0f + vf_sum(poison);
-        int32_t sums[2];
-        quantize32(from, most > 1e-35f ? 127.0f / most : 0.0f, q + c, sums); /* 127 / most must be finite */
+        int32_t sums[2] = {0, 0};
+        if (scale != scale)
+            memset(q + c, 0, 32);
+        else
+            quantize32(from, most > 1e-35f ? 127.0f / most : 0.0f, q + c, sums); /* 127 / most must be finite */
         int64_t g = c / 32;
         if (d[UNIT32]) {
             d[UNIT32][g] = scale;

@@ -193,8 +193,8 @@ INLINE void load_keys(const attention *a, const attention_task *task, int64_t fi
         int64_t slot = table[block] * a->block_size + offset;
         int64_t byte = (slot * a->n_kv_heads + task->kv_head) * head_bytes;
         for (int64_t line = 0; line < head_bytes; line += 64) { /* heads in between defeat the hardware's prefetcher */
-            __builtin_prefetch(a->keys + byte + ahead + line);
-            __builtin_prefetch(a->values + byte + ahead + line);
+            __builtin_prefetch((const void *)((uintptr_t)a->keys + (uintptr_t)(byte + ahead + line)));
+            __builtin_prefetch((const void *)((uintptr_t)a->values + (uintptr_t)(byte + ahead + line)));
         }
         from_cache(a->keys + byte, a->head_dim, work->padded, a->cache_type, work->keys + i * work->padded);
         from_cache(a->values + byte, a->head_dim, work->padded, a->cache_type, work->values + i * work->padded);
