@@ -9,12 +9,12 @@ import torch
 
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
-from multitensor.kernels.cuda.matrix import MAX_COLUMNS, TileKernels
+from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
 
-FEW_TOKENS = 32  # up to here the matrix-vector kernels, eight tokens at a time, beat expansion
+FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion
 EXPAND_BYTES = 256 << 20  # scratch for a matrix's numbers in the activations' type, where many tokens are multiplied
 
 
@@ -63,19 +63,17 @@ class CudaKernels(Kernels):
         self, x: torch.Tensor, weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None
     ) -> torch.Tensor:
         """`linear` with several weights, their outputs side by side in one tensor."""
-        tiled = self._tiled(weights, x)
-        if tiled is not None and self.tile_kernels.takes(tiled, x.shape[0]):
-            return self.tile_kernels.multiply(x, tiled, _joined(biases, weights))
+        tiled = self._few(weights, x)
+        if tiled is not None:
+            return self._multiply(x, tiled, _joined(biases, weights))
         every = biases or [None] * len(weights)
         return torch.cat([self.linear(x, w, bias) for w, bias in zip(weights, every, strict=True)], dim=1)
 
     def _linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None, *, float_out: bool) -> torch.Tensor:
-        tiled, tokens = self._tiled((w,), x), x.shape[0]
-        plane = w.planes.get("weight")
-        if tiled is not None and tokens <= FEW_TOKENS and self.tile_kernels.takes(tiled, min(tokens, MAX_COLUMNS)):
-            parts = x.split(MAX_COLUMNS)
-            products = [self.tile_kernels.multiply(part, tiled, bias, float_out=float_out) for part in parts]
-            return products[0] if len(products) == 1 else torch.cat(products)
+        few = self._few((w,), x)
+        if few is not None:
+            return self._multiply(x, few, bias, float_out=float_out)
+        tiled, plane = self._tiled((w,), x), w.planes.get("weight")
         if plane is not None and self.float_kernels.takes(x, plane):
             y = self.float_kernels.multiply(x, plane, float_out=float_out)
             return y if bias is None else y.add_(bias.to(y.dtype))
@@ -88,10 +86,10 @@ class CudaKernels(Kernels):
         weights: Sequence[QuantTensor],
         biases: Sequence[torch.Tensor | None] | None = None,
     ) -> list[torch.Tensor]:
-        tiled = self._tiled(weights, x)
-        if tiled is None or not self.tile_kernels.takes(tiled, x.shape[0]):
+        tiled = self._few(weights, x)
+        if tiled is None:
             return super().linears(x, weights, biases)
-        y = self.tile_kernels.multiply(x, tiled, _joined(biases, weights))
+        y = self._multiply(x, tiled, _joined(biases, weights))
         return list(y.split([w.rows for w in weights], dim=1))
 
     def gated_linear(
@@ -103,10 +101,10 @@ class CudaKernels(Kernels):
         gate_bias: torch.Tensor | None = None,
         up_bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        tiled = self._tiled((gate, up), x)
-        if tiled is None or not self.tile_kernels.takes(tiled, x.shape[0]):
+        tiled = self._few((gate, up), x)
+        if tiled is None:
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
-        return self.tile_kernels.multiply(x, tiled, _joined((gate_bias, up_bias), (gate, up)), gated=kind)
+        return self._multiply(x, tiled, _joined((gate_bias, up_bias), (gate, up)), gated=kind)
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         tiled = self._tiled((w,), hidden)
@@ -130,6 +128,28 @@ class CudaKernels(Kernels):
         found = [w for w in weights if isinstance(w, TiledTensor)]
         half = x.dtype in (torch.float16, torch.bfloat16)
         return found if half and len(found) == len(weights) and x.shape[0] else None
+
+    def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
+        """The weights, where the matrix-vector kernels are the best there is for x."""
+        tiled = self._tiled(weights, x) if x.shape[0] <= FEW_TOKENS else None
+        takes = tiled is not None and self.tile_kernels.takes(tiled, min(x.shape[0], MAX_TOKENS))
+        return tiled if takes else None
+
+    def _multiply(
+        self,
+        x: torch.Tensor,
+        weights: Sequence[TiledTensor],
+        bias: torch.Tensor | None = None,
+        *,
+        float_out: bool = False,
+        gated: Literal["silu", "gelu_tanh"] | None = None,
+    ) -> torch.Tensor:
+        """TileKernels.multiply, a few tokens a launch."""
+        products = [
+            self.tile_kernels.multiply(part, weights, bias, float_out=float_out, gated=gated)
+            for part in x.split(MAX_TOKENS)
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products)
 
     def _parts(self, w: TiledTensor, dtype: torch.dtype) -> list[torch.Tensor]:
         rows = max(16, EXPAND_BYTES // (2 * w.cols) // 16 * 16)
