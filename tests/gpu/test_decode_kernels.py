@@ -278,7 +278,58 @@ def test_argmax(kernels: Any, columns: int, sequences: int) -> None:
         assert torch.equal(largest, logits.gather(1, wanted.unsqueeze(1)).squeeze(1))
 
 
-def test_a_captured_step_follows_the_positions(kernels: Any) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "kv_map", "dtype", "kv_dtype", "normed"),
+    [
+        (128, [head // 8 for head in range(16)], HALF, HALF, False),
+        (128, [0] * 12 + [1] * 3, BFLOAT, BFLOAT, True),
+        (80, [0, 1, 0], HALF, FLOAT, True),
+        (256, [0] * 4, BFLOAT, HALF, False),
+    ],
+)
+@pytest.mark.parametrize("early", [False, True])
+def test_rope_and_attention_in_one_launch(
+    kernels: Any, head_dim: int, kv_map: list[int], dtype: torch.dtype, kv_dtype: torch.dtype, normed: bool, early: bool
+) -> None:
+    """The same as in two launches: bit for bit where the cache's type is the activations' own."""
+    from multitensor.kernels.cuda.decode import DecodeAttention
+
+    positions, kv_heads, heads = [0, 16, 31, -1, 128, 2000], max(kv_map) + 1, len(kv_map)
+    paged = Paged(positions, kv_heads, head_dim, 16, kv_dtype, None)
+    slots = [table[p // 16] * 16 + p % 16 if p >= 0 else 0 for p, table in zip(positions, paged.tables, strict=True)]
+    mapping = torch.tensor(slots, dtype=torch.int64, device="cuda")
+    live = [row for row, position in enumerate(positions) if position >= 0]
+    for cache in (paged.keys, paged.values):
+        cache.flatten(0, 1)[mapping[live]] = float("nan")
+    attention = DecodeAttention(
+        kernels, kv_map, kv_heads, head_dim, dtype, kv_dtype, 16, 8, scale=head_dim**-0.5, early=early
+    )
+    qkv = randn(len(positions), (heads + 2 * kv_heads) * head_dim, dtype=dtype)
+    angles = randn(2001, head_dim // 2, seed=4)
+    cosines, sines, at, tables = angles.cos(), angles.sin(), int32(positions), int32(paged.tables)
+    norms: dict[str, Any] = (
+        {"q_norm": randn(head_dim, seed=2), "k_norm": randn(head_dim, seed=3), "eps": 1e-6} if normed else {}
+    )
+    caches = [(paged.keys.clone(), paged.values.clone()) for _ in range(2)]
+    outs = [poison(len(positions), heads * head_dim, dtype=dtype) for _ in range(2)]
+    torch.cuda.synchronize()
+    attention.rope_attend(qkv, *caches[0], at, tables, mapping, cosines, sines, outs[0], style="interleaved", **norms)
+    torch.cuda.synchronize()
+    attention.rope_write_kv(qkv, *caches[1], at, mapping, cosines, sines, style="interleaved", **norms)
+    attention.attend(qkv, *caches[1], at, tables, outs[1])
+    torch.cuda.synchronize()
+    for one, two in zip(*caches, strict=True):
+        assert torch.equal(one.flatten(0, 1)[mapping[live]], two.flatten(0, 1)[mapping[live]])
+        assert torch.equal(one.isnan(), two.isnan())
+    assert (outs[0][3] == 0).all()
+    if dtype == kv_dtype:
+        assert torch.equal(*outs)
+    else:
+        assert relative_error(*outs) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_captured_step_follows_the_positions(kernels: Any, fused: bool) -> None:
     """Rope, cache writes and attention in one CUDA graph, overlapped; replayed for token after token."""
     from multitensor.kernels.cuda.decode import DecodeAttention
 
@@ -294,6 +345,9 @@ def test_a_captured_step_follows_the_positions(kernels: Any) -> None:
     qkv, out = randn(2, 8 * head_dim, dtype=HALF), poison(2, 4 * head_dim, dtype=HALF)
 
     def step() -> None:
+        if fused:
+            attention.rope_attend(qkv, keys, values, positions, tables, slots, cosines, sines, out, style="half")
+            return
         attention.rope_write_kv(qkv, keys, values, positions, slots, cosines, sines, style="half")
         attention.attend(qkv, keys, values, positions, tables, out)
 

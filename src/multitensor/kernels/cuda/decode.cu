@@ -89,35 +89,29 @@ __device__ __forceinline__ float warp_sum(float v) {
 #if defined(HEAD_DIM)
 // ---- rotary embedding, per-head norms, and the new token's key and value into the cache ----
 //
-// Defines: X_KIND, KV_KIND, HEAD_DIM, BLOCK_SIZE, HEAD_TILES, NWARPS, MIN_BLOCKS, SLOT (type of slot_mapping).
+// Defines: X_KIND, KV_KIND, HEAD_DIM, BLOCK_SIZE, HEAD_TILES, NWARPS, MIN_BLOCKS, SLOT (type of slot_mapping), EARLY (whether
+// positions, tables and older keys may be read before the wait).
 
-// qkv [S][query_heads + 2 kv_heads][HEAD_DIM]; q is overwritten, k and v go to the caches [slots][kv_heads][HEAD_DIM].
-// A warp takes a head. bias (of the whole row), q_norm and k_norm (of a head): float32, or null. cosines and sines:
-// [positions][half_rotary]. interleaved: rotates numbers (2i, 2i + 1) of a head, else (i, i + half_rotary).
-extern "C" __global__ void __launch_bounds__(128)
-    rope_write_kv(void* qkv, const float* __restrict__ bias, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
-                  float eps, const float* __restrict__ cosines, const float* __restrict__ sines, int half_rotary,
-                  int interleaved, const int* positions, const SLOT* slot_mapping, void* k_cache,
-                  void* v_cache, int query_heads, int kv_heads) {
+// bias: of a whole row; q_norm, k_norm: of a head; each float32 or null. cosines, sines: [positions][half].
+// interleaved: rotates numbers (2i, 2i + 1) of a head, else (i, i + half).
+struct Rope {
+    const float *bias, *q_norm, *k_norm;
+    float eps;
+    const float *cosines, *sines;
+    int half, interleaved;
+};
+
+// One head of one token by one warp: bias, norm, rotation; put(dim, value) for each number. row: index of its first.
+template <class Put>
+__device__ __forceinline__ void turn_head(const Rope& rope, const void* qkv, size_t row, int head, const float* norm, bool turns, int position, Put put) {
     constexpr int PAIRS = HEAD_DIM / 2, ITEMS = (PAIRS + 31) / 32;
-    let_next_kernel_start();
-    const int lane = threadIdx.x & 31, head = blockIdx.x * 4 + (threadIdx.x >> 5), s = blockIdx.y;
-    const int heads = query_heads + 2 * kv_heads;
-    if (head >= heads) return;
-    wait_for_previous_kernel();
-    const int position = positions[s];
-    if (position < 0) return;
-    const bool is_query = head < query_heads, is_value = head >= query_heads + kv_heads;
-    const float* norm = is_query ? q_norm : is_value ? nullptr : k_norm;
-    const int rotated = is_value ? 0 : half_rotary;
-    const size_t row = ((size_t)s * heads + head) * HEAD_DIM;
-
+    const int lane = threadIdx.x & 31, rotated = turns ? rope.half : 0;
     int at[ITEMS][2];
     float v[ITEMS][2], squares = 0.f;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int pair = lane + 32 * i;
-        const bool adjacent = interleaved || pair >= rotated;  // numbers that are not rotated go in twos
+        const bool adjacent = rope.interleaved || pair >= rotated;  // numbers that are not rotated go in twos
         at[i][0] = adjacent ? 2 * pair : pair;
         at[i][1] = adjacent ? 2 * pair + 1 : pair + rotated;
 #pragma unroll
@@ -125,14 +119,12 @@ extern "C" __global__ void __launch_bounds__(128)
             v[i][e] = 0.f;
             if (pair < PAIRS) {
                 v[i][e] = load<X_KIND>(qkv, row + at[i][e]);
-                if (bias) v[i][e] += bias[head * HEAD_DIM + at[i][e]];
+                if (rope.bias) v[i][e] += rope.bias[head * HEAD_DIM + at[i][e]];
                 squares += v[i][e] * v[i][e];
             }
         }
     }
-    const float inverse = norm ? rsqrtf(warp_sum(squares) / HEAD_DIM + eps) : 1.f;
-    const size_t slot = is_query ? 0 : (size_t)slot_mapping[s];
-    const size_t cached = (slot * kv_heads + (head - query_heads - (is_value ? kv_heads : 0))) * HEAD_DIM;
+    const float inverse = norm ? rsqrtf(warp_sum(squares) / HEAD_DIM + rope.eps) : 1.f;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int pair = lane + 32 * i;
@@ -143,20 +135,39 @@ extern "C" __global__ void __launch_bounds__(128)
             b *= inverse * norm[at[i][1]];
         }
         if (pair < rotated) {
-            const float c = cosines[(size_t)position * half_rotary + pair], d = sines[(size_t)position * half_rotary + pair];
-            const float turned = a * c - b * d;
-            b = b * c + a * d;
+            const size_t angle = (size_t)position * rope.half + pair;
+            const float c = rope.cosines[angle], s = rope.sines[angle], turned = a * c - b * s;
+            b = b * c + a * s;
             a = turned;
         }
-        if (is_query) {
-            store<X_KIND>(qkv, row + at[i][0], a);
-            store<X_KIND>(qkv, row + at[i][1], b);
-        } else {
-            void* cache = is_value ? v_cache : k_cache;
-            store<KV_KIND>(cache, cached + at[i][0], a);
-            store<KV_KIND>(cache, cached + at[i][1], b);
-        }
+        put(at[i][0], a);
+        put(at[i][1], b);
     }
+}
+
+// qkv [S][query_heads + 2 kv_heads][HEAD_DIM]; q is overwritten, k and v go to the caches [slots][kv_heads][HEAD_DIM].
+// A warp takes a head.
+extern "C" __global__ void __launch_bounds__(128)
+    rope_write_kv(void* qkv, const float* __restrict__ bias, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
+                  float eps, const float* __restrict__ cosines, const float* __restrict__ sines, int half_rotary,
+                  int interleaved, const int* positions, const SLOT* slot_mapping, void* k_cache, void* v_cache,
+                  int query_heads, int kv_heads) {
+    let_next_kernel_start();
+    const int head = blockIdx.x * 4 + (threadIdx.x >> 5), s = blockIdx.y, heads = query_heads + 2 * kv_heads;
+    if (head >= heads) return;
+    wait_for_previous_kernel();
+    const int position = positions[s];
+    if (position < 0) return;
+    const Rope rope = {bias, q_norm, k_norm, eps, cosines, sines, half_rotary, interleaved};
+    const size_t row = ((size_t)s * heads + head) * HEAD_DIM;
+    if (head < query_heads) {
+        turn_head(rope, qkv, row, head, q_norm, true, position, [&](int dim, float v) { store<X_KIND>(qkv, row + dim, v); });
+        return;
+    }
+    const bool is_value = head >= query_heads + kv_heads;
+    const size_t cached = ((size_t)slot_mapping[s] * kv_heads + (head - query_heads - (is_value ? kv_heads : 0))) * HEAD_DIM;
+    turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position,
+              [&](int dim, float v) { store<KV_KIND>(is_value ? v_cache : k_cache, cached + dim, v); });
 }
 
 // ---- attention over the paged cache ----
@@ -193,7 +204,12 @@ __device__ __forceinline__ float score(float product, float scale, float softcap
 
 struct Unit {
     int sequence, index, count;  // this unit is `index` of the sequence's `count`
-    int first, begin, end;       // first visible key of the sequence; keys [begin, end), begin a multiple of 16
+    int position, first;         // of the sequence: its new token, the first key that it sees
+    int begin, end;              // keys [begin, end), begin a multiple of 16
+    // Whether the new token's key is in the unit.
+    __device__ __forceinline__ bool has_new() const { return begin <= position && position < end; }
+    // Whether the new token's key is not in a tile of 16: then no kernel of this step writes it.
+    __device__ __forceinline__ bool is_old(int tile) const { return (tile + 1) * KEYS <= position; }
 };
 
 __device__ __forceinline__ int first_visible(int position, int window) {
@@ -206,21 +222,38 @@ __device__ __forceinline__ int span(int position, int window) {
 __device__ __forceinline__ int units_of(int keys, int size) { return keys > size ? (keys + size - 1) / size : 1; }
 __device__ __forceinline__ int round_up(int keys) { return (keys + KEYS - 1) & ~(KEYS - 1); }
 
+// Fills in this block's unit where it is one of the `count` of sequence s, which begin at block `before`.
+__device__ __forceinline__ bool set_unit(const int* positions, int s, int before, int count, int window, Unit& unit) {
+    const int position = __ldcg(positions + s), piece = round_up((span(position, window) + count - 1) / count);
+    unit.sequence = s;
+    unit.index = (int)blockIdx.x - before;
+    unit.count = count;
+    unit.position = position;
+    unit.first = first_visible(position, window);
+    unit.begin = (unit.first & ~(KEYS - 1)) + unit.index * piece;
+    unit.end = min(position + 1, unit.begin + piece);
+    return unit.index < count;
+}
+
 // The unit of this block; false where there are fewer. Units are as small as lets them be at most `target` in all (the
 // GPU filled once), of at least min_keys keys. A sequence has at least one, so there are at most target + sequences.
 __device__ __forceinline__ bool find_unit(const int* positions, int sequences, int window, int target, int min_keys, Unit& unit) {
     __shared__ int counts[MAX_SEQUENCES];
     const int lane = threadIdx.x & 31;
+    if (sequences == 1) {
+        const int keys = span(__ldcg(positions), window);
+        return set_unit(positions, 0, 0, units_of(keys, max(min_keys, round_up((keys + target - 1) / target))), window, unit);
+    }
     if (threadIdx.x < 32) {
-        const int low = lane < sequences ? span(positions[lane], window) : 0;
-        const int high = lane + 32 < sequences ? span(positions[lane + 32], window) : 0;
+        const int low = lane < sequences ? span(__ldcg(positions + lane), window) : 0;
+        const int high = lane + 32 < sequences ? span(__ldcg(positions + lane + 32), window) : 0;
         int total = low + high;
 #pragma unroll
         for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(ALL_LANES, total, step);
         int size = round_up((total + target - 1) / target);
         if (size <= min_keys) {
             size = min_keys;
-        } else if (sequences > 1) {
+        } else {
             // Each lane tries a size, 1/16 apart.
             const int mine = round_up(size + (int)((long long)size * lane / 16));
             int units = 0;
@@ -234,16 +267,7 @@ __device__ __forceinline__ bool find_unit(const int* positions, int sequences, i
     __syncthreads();
     int s = 0, before = 0;
     while (s < sequences && (int)blockIdx.x >= before + counts[s]) before += counts[s++];
-    if (s == sequences) return false;
-    const int position = positions[s], keys = span(position, window), count = counts[s];
-    const int piece = round_up((keys + count - 1) / count);
-    unit.sequence = s;
-    unit.index = (int)blockIdx.x - before;
-    unit.count = count;
-    unit.first = first_visible(position, window);
-    unit.begin = (unit.first & ~(KEYS - 1)) + unit.index * piece;
-    unit.end = min(position + 1, unit.begin + piece);
-    return true;
+    return s < sequences && set_unit(positions, s, before, counts[s], window, unit);
 }
 
 struct Cache {
@@ -254,7 +278,7 @@ struct Cache {
     __device__ __forceinline__ size_t at(int block, int tile) const {
         return (((size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE) * kv_heads + kv_head) * D;
     }
-    __device__ __forceinline__ int block(int tile) const { return table[tile * KEYS / BLOCK_SIZE]; }
+    __device__ __forceinline__ int block(int tile) const { return __ldcg(table + tile * KEYS / BLOCK_SIZE); }
 };
 
 #if KV_KIND != 2 && (KV_KIND == 0 || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
@@ -320,17 +344,33 @@ struct Sums {
     float out[HEAD_TILES][PANELS * 4][4];
     float most[HEAD_TILES][2], total[HEAD_TILES][2];
 
-    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const void* q, size_t q_at, int heads, float scale, float softcap) {
-        __shared__ uint4 queries[HEAD_TILES][CHUNKS][32];
+    // The queries as B operands: a lane's eight numbers of each chunk of 32.
+    struct Queries {
+        uint4 of[HEAD_TILES][CHUNKS][32];
+        __device__ __forceinline__ void clear() {
+            for (int i = threadIdx.x; i < HEAD_TILES * CHUNKS * 32; i += THREADS) (&of[0][0][0])[i] = make_uint4(0, 0, 0, 0);
+        }
+        __device__ __forceinline__ void put(int head, int dim, float v) {
+            ((u16*)&of[head >> 3][dim >> 5][(head & 7) * 4 + ((dim >> 3) & 3)])[dim & 7] = to_bits<KV_KIND>(v);
+        }
+        // Eight numbers at a time; what no head or dim fills is zero.
+        __device__ __forceinline__ void take(const void* q, size_t at, int heads) {
+            const int lane = threadIdx.x & 31;
+            for (int i = threadIdx.x >> 5; i < HEAD_TILES * CHUNKS; i += WARPS) {
+                const int head = i / CHUNKS * 8 + (lane >> 2), dim = i % CHUNKS * 32 + 8 * (lane & 3);
+                of[i / CHUNKS][i % CHUNKS][lane] =
+                    head < heads && dim < D ? query_eight(q, at + (size_t)head * D + dim) : make_uint4(0, 0, 0, 0);
+            }
+        }
+    };
+
+    // prepare(): waits for the kernel before and fills the queries (ends with the block in step).
+    template <class Prepare>
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, float scale, float softcap, Prepare prepare) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
         int tile = unit.begin / KEYS + warp;
         const int last = (unit.end + KEYS - 1) / KEYS;
         int block = tile < last ? cache.block(tile) : 0;
-        for (int i = warp; i < HEAD_TILES * CHUNKS; i += WARPS) {
-            const int head = i / CHUNKS * 8 + g, dim = i % CHUNKS * 32 + 8 * c;
-            queries[i / CHUNKS][i % CHUNKS][lane] =
-                head < heads && dim < D ? query_eight(q, q_at + (size_t)head * D + dim) : make_uint4(0, 0, 0, 0);
-        }
 #pragma unroll
         for (int n = 0; n < HEAD_TILES; n++) {
 #pragma unroll
@@ -364,12 +404,19 @@ struct Sums {
                     v[r][h] = eight(cache.values, at + row * stride + 64 * h, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
             }
         };
-        if (tile < last) {
-            load_keys(tile, block);
-            load_values(tile, block);
+        // What this step does not write is fetched before the kernel before is done.
+        const int first_block = block;
+        const bool early = unit.is_old(tile);
+        if (early && tile < last) {
+            load_keys(tile, first_block);
+            load_values(tile, first_block);
         }
         if (tile + WARPS < last) block = cache.block(tile + WARPS);
-        __syncthreads();
+        prepare();
+        if (!early && tile < last) {
+            load_keys(tile, first_block);
+            load_values(tile, first_block);
+        }
         for (; tile < last; tile += WARPS) {
             float s[HEAD_TILES][4];
 #pragma unroll
@@ -377,7 +424,7 @@ struct Sums {
                 s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
                 for (int j = 0; j < CHUNKS; j++) {
-                    const uint4 b = queries[n][j][lane];
+                    const uint4 b = queries.of[n][j][lane];
                     mma(s[n], k[0][j].x, k[1][j].x, k[0][j].y, k[1][j].y, b.x, b.y);
                     mma(s[n], k[0][j].z, k[1][j].z, k[0][j].w, k[1][j].w, b.z, b.w);
                 }
@@ -501,11 +548,21 @@ static_assert(HEAD_TILES == 1, "eight heads at most");
 struct Sums {
     float out[HEADS][ITEMS], most[HEADS], total[HEADS];
 
-    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const void* q, size_t q_at, int heads, float scale, float softcap) {
-        __shared__ float queries[HEADS][D];
+    struct Queries {
+        float of[HEADS][D];
+        __device__ __forceinline__ void clear() {
+            for (int i = threadIdx.x; i < HEADS * D; i += THREADS) of[i / D][i % D] = 0.f;
+        }
+        __device__ __forceinline__ void put(int head, int dim, float v) { of[head][dim] = v; }
+        __device__ __forceinline__ void take(const void* q, size_t at, int heads) {
+            for (int i = threadIdx.x; i < HEADS * D; i += THREADS) of[i / D][i % D] = i / D < heads ? load<X_KIND>(q, at + i) : 0.f;
+        }
+    };
+
+    template <class Prepare>
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, float scale, float softcap, Prepare prepare) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-        for (int i = threadIdx.x; i < HEADS * D; i += THREADS) queries[i / D][i % D] = i / D < heads ? load<X_KIND>(q, q_at + i) : 0.f;
-        __syncthreads();
+        prepare();
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
             most[h] = LOWEST;
@@ -527,11 +584,10 @@ struct Sums {
                 }
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) {
-                    if (h >= heads) continue;
                     float product = 0.f;
 #pragma unroll
                     for (int i = 0; i < ITEMS; i++)
-                        if (D % 32 == 0 || lane + 32 * i < D) product += k[i] * queries[h][lane + 32 * i];
+                        if (D % 32 == 0 || lane + 32 * i < D) product += k[i] * queries.of[h][lane + 32 * i];
                     const float s = score(warp_sum(product), scale, softcap);
                     const float raised = fmaxf(most[h], s), factor = exp2_fast(most[h] - raised), weight = exp2_fast(s - raised);
                     most[h] = raised;
@@ -574,7 +630,7 @@ struct Sums {
 // Adds up the units of one sequence and job: partials[unit][jobs][HEADS][D], stats[unit][jobs][HEADS] (maximum, sum of
 // weights) from unit `first_unit` on.
 __device__ __forceinline__ void combine(const float* partials, const float2* stats, int first_unit, int count, int heads, void* out, size_t out_at) {
-    constexpr int BATCH = 8;
+    constexpr int BATCH = 16;
     const size_t step = (size_t)gridDim.y * HEADS;
     for (int e = threadIdx.x * 4; e < heads * D; e += THREADS * 4) {
         const size_t head = ((size_t)first_unit * gridDim.y + blockIdx.y) * HEADS + e / D;
@@ -613,26 +669,66 @@ __device__ __forceinline__ void combine(const float* partials, const float2* sta
     }
 }
 
-// q: row s at s * q_stride, query heads one after another; out [S][query_heads][D]. jobs: [gridDim.y][3]: KV head, first
-// query head, query heads. counters: [S][gridDim.y], zero before and after. scale multiplies the products.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
-    attention_decode(const void* q, int q_stride, const void* keys, const void* values, const int* __restrict__ jobs,
-                     const int* positions, const int* block_tables,
-                     int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap, int window,
-                     int target, int min_keys, void* out, float* partials, float2* stats, u32* counters) {
+// What both entries share. q: row s at s * q_stride, query heads one after another; out [S][query_heads][D]. jobs:
+// [gridDim.y][3]: KV head, first query head, query heads. counters: [S][gridDim.y], zero before and after.
+struct Attention {
+    const void* q;
+    int q_stride;
+    void *keys, *values;
+    const int *jobs, *positions, *block_tables;
+    int table_width, sequences, kv_heads, query_heads;
+    float scale, softcap;
+    int window, target, min_keys;
+    void* out;
+    float* partials;
+    float2* stats;
+    u32* counters;
+};
+
+// ROPE: q are rows of qkv as they leave their projection. Each block turns its own queries; the blocks whose unit has the
+// new token put its key and value into the cache first (all of a KV head the same bits).
+template <bool ROPE>
+__device__ __forceinline__ void attend(const Attention& a, const Rope& rope, const SLOT* slot_mapping) {
     __shared__ __align__(16) float parts[SLOTS][HEADS * D];
     __shared__ float warp_most[WARPS][HEADS], warp_total[WARPS][HEADS], most[HEADS], total[HEADS];
     __shared__ bool is_last;
+    __shared__ __align__(16) Sums::Queries queries;
     let_next_kernel_start();
-    const int kv_head = jobs[blockIdx.y * 3], first_head = jobs[blockIdx.y * 3 + 1], heads = jobs[blockIdx.y * 3 + 2];
+#if !EARLY
     wait_for_previous_kernel();
+#endif
+    const int kv_head = a.jobs[blockIdx.y * 3], first_head = a.jobs[blockIdx.y * 3 + 1], heads = a.jobs[blockIdx.y * 3 + 2];
     Unit unit;
-    if (!find_unit(positions, sequences, window, target, min_keys, unit)) return;
+    if (!find_unit(a.positions, a.sequences, a.window, a.target, a.min_keys, unit)) return;
     const int warp = threadIdx.x >> 5;
-    const size_t out_at = ((size_t)unit.sequence * query_heads + first_head) * D;
-    const Cache cache = {keys, values, block_tables + (size_t)unit.sequence * table_width, kv_heads, kv_head};
+    const size_t out_at = ((size_t)unit.sequence * a.query_heads + first_head) * D, row = (size_t)unit.sequence * a.q_stride;
+    const Cache cache = {a.keys, a.values, a.block_tables + (size_t)unit.sequence * a.table_width, a.kv_heads, kv_head};
+    if (ROPE) {
+        queries.clear();
+        __syncthreads();
+    }
     Sums sums;
-    sums.run(unit, cache, q, (size_t)unit.sequence * q_stride + first_head * D, heads, scale, softcap);
+    sums.run(unit, cache, queries, a.scale, a.softcap, [&]() {
+        wait_for_previous_kernel();
+        if (!ROPE) {
+            queries.take(a.q, row + first_head * D, heads);
+        } else if (unit.position >= 0) {
+            const int new_heads = unit.has_new() ? 2 : 0;
+            for (int i = warp; i < heads + new_heads; i += WARPS) {
+                if (i >= new_heads) {
+                    const int head = first_head + i - new_heads;
+                    turn_head(rope, a.q, row + head * D, head, rope.q_norm, true, unit.position,
+                              [&](int dim, float v) { queries.put(i - new_heads, dim, v); });
+                } else {
+                    const int head = a.query_heads + i * a.kv_heads + kv_head;
+                    const size_t cached = ((size_t)__ldcg(slot_mapping + unit.sequence) * a.kv_heads + kv_head) * D;
+                    turn_head(rope, a.q, row + head * D, head, i ? nullptr : rope.k_norm, i == 0, unit.position,
+                              [&](int dim, float v) { store<KV_KIND>(i ? a.values : a.keys, cached + dim, v); });
+                }
+            }
+        }
+        __syncthreads();
+    });
 
     sums.heads([&](int head, float m, float l) {
         warp_most[warp][head] = m;
@@ -669,23 +765,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         }
         if (unit.count == 1) {
             const float l = total[e / D], inverse = l > 0.f ? 1.f / l : 0.f;
-            store4<X_KIND>(out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+            store4<X_KIND>(a.out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
         } else {
-            __stcg((float4*)(partials + mine * D + e), sum);
+            __stcg((float4*)(a.partials + mine * D + e), sum);
         }
     }
     if (unit.count == 1) return;
-    if (threadIdx.x < heads) __stcg(stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
-    __threadfence();
+    if (threadIdx.x < heads) __stcg(a.stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
     __syncthreads();
     if (threadIdx.x == 0) {
-        u32* counter = counters + (size_t)unit.sequence * gridDim.y + blockIdx.y;
+        __threadfence();  // what the block has written, before the count
+        u32* counter = a.counters + (size_t)unit.sequence * gridDim.y + blockIdx.y;
         is_last = atomicAdd(counter, 1u) == (u32)unit.count - 1;
         if (is_last) *counter = 0;
         __threadfence();
     }
     __syncthreads();
-    if (is_last) combine(partials, stats, (int)blockIdx.x - unit.index, unit.count, heads, out, out_at);
+    if (is_last) combine(a.partials, a.stats, (int)blockIdx.x - unit.index, unit.count, heads, a.out, out_at);
+}
+
+#define ATTENTION_PARAMETERS                                                                                                 \
+    const void *q, int q_stride, void *keys, void *values, const int *__restrict__ jobs, const int *positions,               \
+        const int *block_tables, int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap,  \
+        int window, int target, int min_keys, void *out, float *partials, float2 *stats, u32 *counters
+#define ATTENTION_ARGUMENTS                                                                                              \
+    {q, q_stride, keys, values, jobs, positions, block_tables, table_width, sequences, kv_heads, query_heads, scale, softcap, \
+     window, target, min_keys, out, partials, stats, counters}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(ATTENTION_PARAMETERS) {
+    const Attention a = ATTENTION_ARGUMENTS;
+    attend<false>(a, Rope{}, nullptr);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    rope_attention_decode(ATTENTION_PARAMETERS, const float* __restrict__ bias, const float* __restrict__ q_norm,
+                          const float* __restrict__ k_norm, float eps, const float* __restrict__ cosines,
+                          const float* __restrict__ sines, int half_rotary, int interleaved, const SLOT* slot_mapping) {
+    const Attention a = ATTENTION_ARGUMENTS;
+    attend<true>(a, Rope{bias, q_norm, k_norm, eps, cosines, sines, half_rotary, interleaved}, slot_mapping);
 }
 
 #elif defined(HIDDEN)

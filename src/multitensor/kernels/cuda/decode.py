@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from multitensor.kernels.cuda.program import Program, launch
 
 MAX_SEQUENCES = 64
 MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up
-MIN_KEYS = 256  # of a piece
+MIN_KEYS = 128  # of a piece: one tile a warp
 KEY_TILE = 16  # KV blocks are multiples of it
 WARPS = 8
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -90,6 +90,10 @@ class DecodeAttention:
 
     kv_map[i]: local KV head of local query head i. Caches: [blocks, block_size, kv_heads, head_dim], q in `dtype`
     (float16 or bfloat16). Layers share the scratch, so their calls must follow one another on one stream.
+
+    early: attention reads positions, block tables and the keys before the new token's while the kernels before it still
+    run. They must be complete when the chain of overlapped launches that leads to it begins: written by an earlier
+    graph launch, or by kernels that a launch without overlap followed.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class DecodeAttention:
         window: int | None = None,
         softcap: float | None = None,
         min_keys: int = MIN_KEYS,
+        early: bool = True,
     ) -> None:
         if not kv_map or head_dim not in HEAD_DIMS or block_size % KEY_TILE or not 0 < sequences <= MAX_SEQUENCES:
             raise ValueError(
@@ -135,6 +140,7 @@ class DecodeAttention:
             "HEAD_TILES": head_tiles,
             "NWARPS": WARPS,
             "MIN_BLOCKS": blocks_per_processor,
+            "EARLY": int(early),
         }
 
     def rope_write_kv(
@@ -159,14 +165,11 @@ class DecodeAttention:
         slot_mapping: int32 or int64 [S], flat slot of the new token. cosines, sines: float32 [positions, R / 2], R the
         numbers of a head that are rotated.
         """
-        program = self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[slot_mapping.dtype])
-        heads = self.query_heads + 2 * self.kv_heads
-        norms = (_or_null(bias), _or_null(q_norm), _or_null(k_norm), float(eps))
-        rotary = (cosines, sines, cosines.shape[-1], int(style == "interleaved"))
+        rope = self._rope(cosines, sines, style, bias, q_norm, k_norm, eps)
         places = (positions, slot_mapping, k_cache, v_cache, self.query_heads, self.kv_heads)
-        grid = (-(-heads // 4), qkv.shape[0])
-        kernel = program.kernel("rope_write_kv")
-        launch(kernel, grid, 128, 0, (qkv, *norms, *rotary, *places), overlap=self.kernels.overlap)
+        grid = (-(-(self.query_heads + 2 * self.kv_heads) // 4), qkv.shape[0])
+        kernel = self._program(slot_mapping.dtype).kernel("rope_write_kv")
+        launch(kernel, grid, 128, 0, (qkv, *rope, *places), overlap=self.kernels.overlap)
 
     def attend(
         self,
@@ -182,17 +185,70 @@ class DecodeAttention:
         Sequence s sees keys (position - window, position]. block_tables: int32 [S, blocks], contiguous. A sequence's
         result depends on the lengths of the others in its last bits: they decide where its sum is cut.
         """
+        arguments = self._attention(q, k_cache, v_cache, positions, block_tables, out)
+        self._launch(self._program(torch.int64).kernel("attention_decode"), positions.shape[0], arguments)
+
+    def rope_attend(
+        self,
+        qkv: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        positions: torch.Tensor,
+        block_tables: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+        out: torch.Tensor,
+        *,
+        style: Literal["interleaved", "half"],
+        bias: torch.Tensor | None = None,
+        q_norm: torch.Tensor | None = None,
+        k_norm: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> None:
+        """`rope_write_kv` and `attend` in one launch; qkv stays as it is."""
+        attention = self._attention(qkv, k_cache, v_cache, positions, block_tables, out)
+        rope = self._rope(cosines, sines, style, bias, q_norm, k_norm, eps)
+        kernel = self._program(slot_mapping.dtype).kernel("rope_attention_decode")
+        self._launch(kernel, positions.shape[0], (*attention, *rope, slot_mapping))
+
+    def _program(self, slot_dtype: torch.dtype) -> Program:
+        return self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[slot_dtype])
+
+    def _launch(self, kernel: Any, sequences: int, arguments: tuple[Any, ...]) -> None:
+        units = self.target if sequences == 1 else self.target + sequences
+        grid = (units, self._jobs.shape[0], 1)
+        launch(kernel, grid, 32 * WARPS, 0, arguments, overlap=self.kernels.overlap)
+
+    def _rope(
+        self,
+        cosines: torch.Tensor,
+        sines: torch.Tensor,
+        style: Literal["interleaved", "half"],
+        bias: torch.Tensor | None,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> tuple[Any, ...]:
+        norms = (_or_null(bias), _or_null(q_norm), _or_null(k_norm), float(eps))
+        return (*norms, cosines, sines, cosines.shape[-1], int(style == "interleaved"))
+
+    def _attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        positions: torch.Tensor,
+        block_tables: torch.Tensor,
+        out: torch.Tensor,
+    ) -> tuple[Any, ...]:
         sequences = positions.shape[0]
         if sequences > self.sequences:
             raise ValueError(f"{sequences} sequences where {self.sequences} were announced")
-        program = self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[torch.int64])
+        places = (q, q.stride(0), k_cache, v_cache, self._jobs, positions, block_tables, block_tables.shape[1])
         heads = (sequences, self.kv_heads, self.query_heads)
         rules = (float(self.scale), float(self.softcap), self.window, self.target, self.min_keys)
-        arguments = (q, q.stride(0), k_cache, v_cache, self._jobs, positions, block_tables, block_tables.shape[1])
-        scratch = (out, self._partials, self._stats, self._counters)
-        grid = (self.target + sequences, self._jobs.shape[0])
-        kernel = program.kernel("attention_decode")
-        launch(kernel, grid, 32 * WARPS, 0, (*arguments, *heads, *rules, *scratch), overlap=self.kernels.overlap)
+        return (*places, *heads, *rules, out, self._partials, self._stats, self._counters)
 
 
 def head_jobs(kv_map: Sequence[int], size: int) -> list[tuple[int, int, int]]:
