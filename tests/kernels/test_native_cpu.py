@@ -22,7 +22,8 @@ from multitensor.errors import InputError
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels import reference
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.cpu.native import LEVELS, NativeKernels, load, load_library
+from multitensor.kernels.cpu.library import LEVELS, load_library
+from multitensor.kernels.cpu.native import NativeKernels, load
 from multitensor.kernels.quant_tensor import QuantTensor
 
 LIBRARY = load_library()

@@ -14,6 +14,7 @@
 #define SIGNED_BIAS 0     /* vpmaddubsw saturates on codes above 128, so signed codes stay signed (see vi_dot) */
 #define PACKED_INTEGERS 1
 #define INTEGER_TOKENS 3  /* tokens of an integer micro-kernel: 2 x 3 integer and 2 x 3 float sums in 16 registers */
+#define INTEGER_TOKENS_LESS 2
 #define FLOAT_TOKENS 6
 #define GEMV_TOKENS 8
 
@@ -268,9 +269,7 @@ INLINE void transpose4(const uint32_t *from, int64_t from_stride, uint32_t *to, 
     _mm_storeu_ps((float *)(to + 3 * to_stride), d);
 }
 
-#include "matmul.h"
-#include "transformer.h"
-#include "table.h"
+#include "level.h"
 #else
 typedef int level_avx2_is_for_x86_64; /* ISO C wants something in a translation unit */
 #endif

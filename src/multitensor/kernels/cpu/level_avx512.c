@@ -14,6 +14,7 @@
 #define SIGNED_BIAS 128   /* vpdpbusd wants unsigned codes: fast_codes adds this to signed ones */
 #define PACKED_INTEGERS 1
 #define INTEGER_TOKENS 6  /* tokens of an integer micro-kernel: 2 x 6 integer and 2 x 6 float sums in 32 registers */
+#define INTEGER_TOKENS_LESS 3
 #define FLOAT_TOKENS 12
 #define GEMV_TOKENS 8
 
@@ -192,9 +193,7 @@ INLINE void transpose4(const uint32_t *from, int64_t from_stride, uint32_t *to, 
     _mm_storeu_ps((float *)(to + 3 * to_stride), d);
 }
 
-#include "matmul.h"
-#include "transformer.h"
-#include "table.h"
+#include "level.h"
 #else
 typedef int level_avx512_is_for_x86_64; /* ISO C wants something in a translation unit */
 #endif

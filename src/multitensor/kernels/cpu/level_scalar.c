@@ -246,6 +246,4 @@ INLINE void transpose4(const uint32_t *from, int64_t from_stride, uint32_t *to, 
             memcpy(to + i * to_stride + j, from + j * from_stride + i, 4); /* floats may lie there */
 }
 
-#include "matmul.h"
-#include "transformer.h"
-#include "table.h"
+#include "level.h"

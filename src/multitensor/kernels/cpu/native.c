@@ -8,7 +8,6 @@
 #include "native.h"
 #include "pool.h"
 
-#include <errno.h>
 #include <limits.h>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -239,7 +238,7 @@ static int run_linear(context *c, const float *x, int64_t tokens, int64_t x_stri
         floats |= is_float;
         if (!is_float && !job->exact)
             units[type_unit(job->weights[i]->type)] = 1;
-        rows += job->weights[i]->rows;
+        rows += i < used ? job->weights[i]->rows : 0;
     }
     if (prepare(c, x, tokens, cols, x_stride, floats, units, &a) ||
         pool_reserve(&c->threads, carve_workspace(a.padded, NULL, NULL)))
@@ -251,7 +250,7 @@ static int run_linear(context *c, const float *x, int64_t tokens, int64_t x_stri
         job->chunks[i] = (job->weights[i]->rows + job->chunk_rows - 1) / job->chunk_rows;
         chunks += job->chunks[i];
     }
-    pool_run(&c->threads, linear_chunk, job, chunks, rows * cols * tokens >= PARALLEL_WORK);
+    pool_run(&c->threads, linear_chunk, job, chunks, (job->gated >= 0 ? 2 : 1) * rows * cols * tokens >= PARALLEL_WORK);
     return 0;
 }
 
@@ -396,222 +395,8 @@ EXPORT int mt_rope(context *c, int64_t tokens, int64_t head_dim, float *x, int64
     return 0;
 }
 
-/* ---- the paged cache ---- */
-
-/* Rows of k and v ([tokens, width], strides in floats) to cache rows `slots`, of n_slots. */
-EXPORT int mt_write_kv(context *c, const float *k, const float *v, int64_t tokens, int64_t width, int64_t k_stride,
-                       int64_t v_stride, uint8_t *k_cache, uint8_t *v_cache, int64_t cache_type, const int64_t *slots,
-                       int64_t n_slots)
-{
-    int64_t row_bytes = width * (cache_type == F32 ? 4 : 2);
-    for (int64_t t = 0; t < tokens; t++)
-        if (slots[t] < 0 || slots[t] >= n_slots)
-            return BAD_INDEX;
-    for (int64_t t = 0; t < tokens; t++) {
-        c->table->to_cache(k + t * k_stride, k_cache + slots[t] * row_bytes, width, cache_type);
-        c->table->to_cache(v + t * v_stride, v_cache + slots[t] * row_bytes, width, cache_type);
-    }
-    return 0;
-}
-
-typedef struct {
-    const context *c;
-    const attention *a;
-    attention_task *tasks;
-    int64_t splits; /* tasks in a row that share queries and differ in keys */
-} attention_job;
-
-static void attention_chunk(void *argument, int64_t chunk, void *scratch)
-{
-    const attention_job *job = argument;
-    job->c->table->attend(job->a, &job->tasks[chunk], scratch);
-}
-
-#define SPLIT_KEYS 128 /* keys of one task at least, where keys are split */
-
-/* Query heads sorted by the KV head they read: heads[first[kv] .. first[kv + 1]). */
-static void group_heads(const attention *a, int32_t *heads, int64_t *first)
-{
-    int64_t n = 0;
-    for (int64_t kv = 0; kv < a->n_kv_heads; kv++) {
-        first[kv] = n;
-        for (int64_t head = 0; head < a->n_heads; head++)
-            if (a->kv_map[head] == kv)
-                heads[n++] = (int32_t)head;
-    }
-    first[a->n_kv_heads] = n;
-}
-
-/* Tasks for all (sequence, KV head, rows, keys); counts only while `tasks` is null. Longest sequences' last rows come
- * first within a sequence, as they see most keys. */
-static int64_t list_tasks(const attention *a, const int32_t *heads, const int64_t *first, int64_t splits,
-                          float *partials, attention_task *tasks)
-{
-    int64_t n = 0;
-    for (int64_t s = 0; s < a->n_sequences; s++)
-        for (int64_t kv = 0; kv < a->n_kv_heads; kv++) {
-            int64_t group = first[kv + 1] - first[kv], rows = a->query_lens[s] * group;
-            for (int64_t row0 = rows > 0 ? (rows - 1) / ATTENTION_ROWS * ATTENTION_ROWS : -1; row0 >= 0;
-                 row0 -= ATTENTION_ROWS) {
-                int64_t count = min_int(ATTENTION_ROWS, rows - row0), context = a->context_lens[s];
-                int64_t last = context + (row0 + count - 1) / group + 1, oldest = context + row0 / group;
-                int64_t begin = a->window ? max_int(0, oldest - a->window + 1) : 0;
-                int64_t step = splits > 1 ? round_up((last - begin + splits - 1) / splits, ATTENTION_KEYS) : last - begin;
-                for (int64_t i = 0; i < splits; i++, n++)
-                    if (tasks) {
-                        int64_t key0 = min_int(last, begin + i * step), key1 = min_int(last, key0 + step);
-                        float *partial = partials ? partials + n * ATTENTION_ROWS * (a->head_dim + 2) : NULL;
-                        tasks[n] = (attention_task){s, kv, row0, count, key0, key1, group, heads + first[kv], partial};
-                    }
-            }
-        }
-    return n;
-}
-
-static void merge_tasks(const context *c, const attention *a, const attention_task *tasks, int64_t n, int64_t splits)
-{
-    const float *partials[MAX_THREADS];
-    for (int64_t i = 0; i < n; i += splits)
-        for (int64_t r = 0; r < tasks[i].rows; r++) {
-            int64_t row = tasks[i].row0 + r, token = a->query_starts[tasks[i].sequence] + row / tasks[i].n_group;
-            for (int64_t p = 0; p < splits; p++)
-                partials[p] = tasks[i + p].partial + r * (a->head_dim + 2);
-            c->table->attend_merge(partials, splits, a->head_dim,
-                                   a->out + (token * a->n_heads + tasks[i].group[row % tasks[i].n_group]) * a->head_dim);
-        }
-}
-
-/* Keys are split only where there are fewer tasks than threads can share well. */
-static int64_t choose_splits(const context *c, const attention *a, int64_t tasks)
-{
-    int64_t longest = 0, threads = c->threads.threads;
-    for (int64_t s = 0; s < a->n_sequences; s++)
-        longest = max_int(longest, a->context_lens[s] + a->query_lens[s]);
-    if (a->window)
-        longest = min_int(longest, a->window);
-    if (threads == 1 || tasks >= 4 * threads)
-        return 1;
-    return max_int(1, min_int(min_int(MAX_THREADS, 2 * threads), longest / SPLIT_KEYS));
-}
-
-static int check_blocks(const attention *a, int64_t n_blocks)
-{
-    for (int64_t s = 0; s < a->n_sequences; s++) {
-        int64_t keys = a->context_lens[s] + a->query_lens[s], blocks = (keys + a->block_size - 1) / a->block_size;
-        if (a->query_lens[s] < 0 || a->context_lens[s] < 0 || blocks > a->table_stride)
-            return BAD_INDEX;
-        for (int64_t b = 0; b < blocks && a->query_lens[s]; b++)
-            if (a->tables[s * a->table_stride + b] < 0 || a->tables[s * a->table_stride + b] >= n_blocks)
-                return BAD_INDEX;
-    }
-    for (int64_t h = 0; h < a->n_heads; h++)
-        if (a->kv_map[h] < 0 || a->kv_map[h] >= a->n_kv_heads)
-            return BAD_INDEX;
-    return 0;
-}
-
-static int run_attention(context *c, const attention *a)
-{
-    attention_job job = {.c = c, .a = a};
-    int64_t padded = round_up(a->head_dim, MAX_TILE_ROWS), keys = 0;
-    int64_t scratch = (2 * ATTENTION_ROWS + 3 * ATTENTION_KEYS) * padded + ATTENTION_ROWS * ATTENTION_KEYS;
-    int64_t first_bytes = (a->n_kv_heads + 1) * (int64_t)sizeof(int64_t);
-    int64_t head_bytes = round_up(a->n_heads * (int64_t)sizeof(int32_t), 64);
-    uint8_t *heads_memory = malloc((size_t)(head_bytes + first_bytes));
-    if (!heads_memory)
-        return OUT_OF_MEMORY;
-    int32_t *heads = (int32_t *)heads_memory;
-    int64_t *first = (int64_t *)(heads_memory + head_bytes);
-    group_heads(a, heads, first);
-    int64_t n = list_tasks(a, heads, first, 1, NULL, NULL);
-    job.splits = choose_splits(c, a, n);
-    n *= job.splits;
-    int64_t task_bytes = round_up(n * (int64_t)sizeof(attention_task), 64);
-    int64_t partial_bytes = job.splits > 1 ? n * ATTENTION_ROWS * (a->head_dim + 2) * (int64_t)sizeof(float) : 0;
-    int status = reserve(&c->extra_memory, &c->extra_bytes, task_bytes + partial_bytes);
-    if (status == 0)
-        status = pool_reserve(&c->threads, scratch * (int64_t)sizeof(float));
-    if (status == 0) {
-        job.tasks = (attention_task *)c->extra_memory;
-        list_tasks(a, heads, first, job.splits, partial_bytes ? (float *)(c->extra_memory + task_bytes) : NULL,
-                   job.tasks);
-        for (int64_t i = 0; i < n; i++)
-            keys += job.tasks[i].rows * (job.tasks[i].key1 - job.tasks[i].key0);
-        pool_run(&c->threads, attention_chunk, &job, n, 2 * keys * a->head_dim >= PARALLEL_WORK);
-        if (job.splits > 1)
-            merge_tasks(c, a, job.tasks, n, job.splits);
-    }
-    free(heads_memory);
-    return status;
-}
-
-/* Softmax attention of every sequence's query tokens to its cached keys, their own included. n_blocks: of the cache. */
-EXPORT int mt_attention(context *c, const attention *a, int64_t n_blocks)
-{
-    int status = check_blocks(a, n_blocks);
-    if (status == 0) {
-        pthread_mutex_lock(&c->mutex);
-        status = run_attention(c, a);
-        pthread_mutex_unlock(&c->mutex);
-    }
-    return status;
-}
-
-/* ---- shared memory of CPU ranks ---- */
-
-/* dst = sources[0] + sources[1] + ..., added in that order, n floats each; dst may be one of them. */
-EXPORT void mt_reduce_sum_f32(float *dst, const float *const *sources, int64_t n_sources, int64_t n)
-{
-    const kernel_table *table = level_table(mt_best_level());
-    float sum[1024];
-    for (int64_t i = 0; i < n; i += 1024) {
-        int64_t count = min_int(1024, n - i);
-        memset(sum, 0, sizeof sum);
-        if (n_sources > 0)
-            memcpy(sum, sources[0] + i, (size_t)count * sizeof(float));
-        for (int64_t s = 1; s < n_sources; s++)
-            table->add(sum, sources[s] + i, count);
-        memcpy(dst + i, sum, (size_t)count * sizeof(float));
-    }
-}
-
-/* Returns 1 once *address has reached `value` (as a counter that may wrap: at most 2**31 - 1 ahead), 0 after timeout_ms
- * (negative: never). Spins for spin_us, then sleeps; mt_post wakes sleepers, and without it a sleeper looks every
- * millisecond. The address may be shared between processes. */
-EXPORT int mt_wait_until(atomic_uint *address, uint32_t value, int64_t spin_us, int64_t timeout_ms)
-{
-    int64_t start = now_ns(), spin_until = start + spin_us * 1000;
-    int64_t deadline = timeout_ms < 0 ? INT64_MAX : start + timeout_ms * 1000000;
-    for (int i = 1;; i++) {
-        uint32_t seen = atomic_load_explicit(address, memory_order_acquire);
-        if ((int32_t)(seen - value) >= 0)
-            return 1;
-        if (i % 32) {
-            cpu_relax();
-            continue;
-        }
-        int64_t now = now_ns();
-        if (now >= deadline)
-            return 0;
-        if (now < spin_until)
-            continue;
-        struct timespec pause = {0, (long)min_int(1000000, deadline - now)};
-#if defined(__linux__)
-        syscall(SYS_futex, address, FUTEX_WAIT, seen, &pause, NULL, 0);
-#else
-        nanosleep(&pause, NULL);
-#endif
-    }
-}
-
-/* *address = value, visible after everything written before, and wakes those who wait for it. */
-EXPORT void mt_post(atomic_uint *address, uint32_t value)
-{
-    atomic_store_explicit(address, value, memory_order_release);
-#if defined(__linux__)
-    syscall(SYS_futex, address, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-#endif
-}
+#include "paged.h"
+#include "shared_memory.h"
 
 /* setuptools expects an entry point of every extension; there is no Python module inside. */
 EXPORT void *PyInit__native(void)

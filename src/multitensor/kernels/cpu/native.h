@@ -1,7 +1,7 @@
 /* Shared by the parts of the native CPU kernels: weight descriptors, activations, the table of one instruction set.
  *
  * native.c owns threads and scratch memory and chooses the table; level_scalar.c, level_avx2.c and level_avx512.c each
- * fill one table by including matmul.h and transformer.h over their own vector primitives. */
+ * fill one table by including level.h over their own vector primitives. */
 #ifndef MULTITENSOR_NATIVE_H
 #define MULTITENSOR_NATIVE_H
 

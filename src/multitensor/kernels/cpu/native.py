@@ -11,128 +11,27 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
-from importlib.machinery import EXTENSION_SUFFIXES
-from pathlib import Path
+from ctypes import c_int32, c_int64, c_void_p
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cpu.library import LEVELS, PLANES, TYPE_IDS, AttentionStruct, WeightStruct, load_library
 from multitensor.kernels.quant_tensor import QuantTensor
 
-INTERFACE_VERSION = 1
-LEVELS = ("scalar", "avx2", "avx512")  # numbers of enum level in native.c
-TYPE_NAMES = (
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-    *("IQ4_NL", "IQ4_XS", "MXFP4"),
-)  # numbers of enum weight_type in native.h
-TYPE_IDS = {name: number for number, name in enumerate(TYPE_NAMES)}
-PLANES = {"weight": 0, "quants": 0, "high": 1, "scales": 2, "mins": 3, "d": 4, "m": 5, "dmin": 5}  # enum plane
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_WEIGHTS = 16  # of one `linears` call
-
-
-class _Weight(ctypes.Structure):
-    """struct weight of native.h"""
-
-    _fields_ = (
-        ("type", c_int64),
-        ("phase", c_int64),
-        ("rows", c_int64),
-        ("cols", c_int64),
-        ("planes", c_void_p * 6),
-        ("strides", c_int64 * 6),
-    )
-
-
-class _Attention(ctypes.Structure):
-    """struct attention of native.h"""
-
-    _fields_ = (
-        ("q", c_void_p),
-        ("q_stride", c_int64),
-        ("out", c_void_p),
-        ("keys", c_void_p),
-        ("values", c_void_p),
-        ("cache_type", c_int64),
-        ("block_size", c_int64),
-        ("n_heads", c_int64),
-        ("n_kv_heads", c_int64),
-        ("head_dim", c_int64),
-        ("tables", c_void_p),
-        ("table_stride", c_int64),
-        ("n_sequences", c_int64),
-        ("query_lens", c_void_p),
-        ("context_lens", c_void_p),
-        ("query_starts", c_void_p),
-        ("kv_map", c_void_p),
-        ("window", c_int64),
-        ("scale", c_float),
-        ("softcap", c_float),
-    )
 
 
 class _Described(NamedTuple):
     """A QuantTensor as C sees it. `structure` owns the memory at `address`; `tensor` tells when it may go."""
 
     address: int
-    structure: _Weight
+    structure: WeightStruct
     tensor: weakref.ref[QuantTensor]
-
-
-def _arguments(letters: str) -> tuple[Any, ...]:
-    """Argument types, a letter each: p pointer, n int64, i int, u uint32, f float."""
-    types = {"p": c_void_p, "n": c_int64, "i": c_int, "u": c_uint32, "f": c_float}
-    return tuple(types[letter] for letter in letters)
-
-
-_SIGNATURES: dict[str, tuple[Any, str]] = {
-    "mt_interface_version": (c_int, ""),
-    "mt_best_level": (c_int, ""),
-    "mt_create": (c_void_p, "ii"),
-    "mt_destroy": (None, "p"),
-    "mt_linear": (c_int, "ppnniippp"),
-    "mt_linear_one": (c_int, "ppnnippp"),
-    "mt_gated_linear": (c_int, "ppnnippppip"),
-    "mt_rows": (c_int, "pppnnp"),
-    "mt_rms_norm": (c_int, "pppnnpffp"),
-    "mt_gated_activation": (c_int, "pppni"),
-    "mt_rope": (c_int, "pnnpnnpnnppni"),
-    "mt_write_kv": (c_int, "pppnnnnppnpn"),
-    "mt_attention": (c_int, "ppn"),
-    "mt_reduce_sum_f32": (None, "ppnn"),
-    "mt_wait_until": (c_int, "punn"),
-    "mt_post": (None, "pu"),
-}
-
-
-def load_library() -> ctypes.CDLL | None:
-    """The shared library with its signatures set, or None where it is not built (or is of another version).
-
-    Besides the kernels it has helpers for ranks that share memory, which need no context:
-    mt_reduce_sum_f32(dst, sources, n_sources, n): dst = sources[0] + sources[1] + ..., in that order; `sources` is an
-    array of addresses of float32 arrays; dst may be one of them.
-    mt_wait_until(address, value, spin_us, timeout_ms) -> 1 once the uint32 counter at `address` has reached `value`, 0
-    after the timeout (negative: none). Spins, then sleeps.
-    mt_post(address, value): stores value and wakes those who wait for it.
-    """
-    folder = Path(__file__).parent
-    for path in (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES):
-        if not path.is_file():
-            continue
-        try:
-            library = ctypes.CDLL(str(path))
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name)
-                function.restype, function.argtypes = result, _arguments(arguments)
-        except (OSError, AttributeError):  # built for another machine, or from older sources
-            continue
-        if library.mt_interface_version() == INTERFACE_VERSION:
-            return library
-    return None
 
 
 def load(threads: int | None = None, level: str | None = None) -> NativeKernels | None:
@@ -143,7 +42,11 @@ def load(threads: int | None = None, level: str | None = None) -> NativeKernels 
     library = load_library()
     if library is None:
         return None
-    return NativeKernels(library, threads or len(os.sched_getaffinity(0)), level)
+    return NativeKernels(library, threads or _usable_cores(), level)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _contiguous_floats(x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +81,7 @@ class _StepArrays:
         self.context_lens = (c_int64 * n)(*inputs.context_lens)
         self.query_starts = (c_int64 * n)(*inputs.query_starts)
         self.tables = _indices(inputs.block_tables)
-        self.layers: dict[tuple[Any, ...], tuple[_Attention, Any]] = {}
+        self.layers: dict[tuple[Any, ...], tuple[AttentionStruct, Any]] = {}
 
     def layer(
         self,
@@ -187,12 +90,12 @@ class _StepArrays:
         window: int | None,
         softcap: float | None,
         cache: torch.Tensor,
-    ) -> _Attention:
+    ) -> AttentionStruct:
         key = (kv_map, scale, window, softcap, cache.dtype, cache.shape)
         found = self.layers.get(key)
         if found is None:
-            heads = (ctypes.c_int32 * len(kv_map))(*kv_map)
-            structure = _Attention(
+            heads = (c_int32 * len(kv_map))(*kv_map)
+            structure = AttentionStruct(
                 cache_type=CACHE_TYPES[cache.dtype],
                 block_size=cache.shape[1],
                 n_heads=len(kv_map),
@@ -251,7 +154,7 @@ class NativeKernels:
             return found.address
         if not self.supports(w):
             raise InputError(f"tensor type {w.type.name} on {w.device} has no native CPU kernel")
-        structure = _Weight(type=TYPE_IDS[w.type.name], phase=w.phase, rows=w.rows, cols=w.cols)
+        structure = WeightStruct(type=TYPE_IDS[w.type.name], phase=w.phase, rows=w.rows, cols=w.cols)
         for plane in w.type.planes:
             tensor = w.planes[plane.name]
             needed = plane.row_items(w.phase, w.phase + w.cols) if plane.weights > w.type.cut_unit else None
