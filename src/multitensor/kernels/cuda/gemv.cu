@@ -506,7 +506,7 @@ typedef Scaled32<Iq4> IQ4_XS;
 
 // ---- activations: half -> int8 with one scale for 256 columns, in shared memory, by every block for itself ----
 
-// x: half or bfloat16 [tokens][columns]. columns and phase are multiples of 8: column k of x belongs to weight column k + phase
+// x: half or bfloat16 [tokens][columns]; not __restrict__, or its loads might be moved above the wait for its writer. columns and phase are multiples of 8: column k of x belongs to weight column k + phase
 // of the first super-block. A warp takes 256 columns of one token at a time, a lane 8 of them; LOADS of them are on
 // their way before the first is used. With EXACT a token takes two columns of B: 16-bit integers as 256 high + low.
 constexpr int LOADS = 4;
@@ -549,7 +549,7 @@ __device__ __forceinline__ void store_quants(const int (&q)[8], int kb, int n, i
 }
 
 template <bool EXACT, bool BFLOAT>
-__device__ void quantise(const u8* __restrict__ x, int columns, int phase, int n_kb, int tokens, u8* quants, u8* sums, float* scale) {
+__device__ void quantise(const u8* x, int columns, int phase, int n_kb, int tokens, u8* quants, u8* sums, float* scale) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const int batch = EXACT ? 2 * tokens : tokens;
     for (int i = threadIdx.x; i < n_kb * 8; i += blockDim.x) if ((i & 7) >= batch) scale[i] = 0.f;
@@ -639,7 +639,7 @@ struct Cursor {
 // y[tokens][all rows] in x's type, or float32 (FLOAT_OUT: partial sums before a reduction). GATED: two matrices of the same
 // rows; y[tokens][rows] = activation(first) * second.
 template <class A, class B, int STAGES, bool EXACT, bool BFLOAT, bool FLOAT_OUT, bool GATED>
-__device__ __forceinline__ void gemv_body(const Matrices& m, const u8* __restrict__ x, void* __restrict__ y,
+__device__ __forceinline__ void gemv_body(const Matrices& m, const u8* x, void* y,
                                           const float* __restrict__ bias, int columns, int phase, int n_kb, int tokens, int gelu) {
     extern __shared__ __align__(128) u8 shared[];
     constexpr int TILE = A::TILE > B::TILE ? A::TILE : B::TILE;
