@@ -15,25 +15,39 @@ PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79, 32, 38], [2, 71, 82, 81, 82], [16, 18
 TOKENS = 60  # the windowed model slides, blocks of 32 fill up
 
 
-def largest_difference(llm: LLM, prompts: list[list[int]]) -> float:
-    """Largest difference of log-probabilities of the chosen tokens, decoded and scored."""
+def decoded(llm: LLM, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy texts with their prompts, and the log-probability of each chosen token as the decode step gave it."""
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, logprobs=1)
-    worst = 0.0
-    for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
-        done = output.outputs[0]
-        scored = llm.score(prompt + list(done.token_ids), top=1)[len(prompt) - 1 : -1]
-        for token, given, position in zip(done.token_ids, done.logprobs, scored, strict=True):
-            worst = max(worst, abs(given[token].logprob - position.next_logprob))
-    return worst
+    done = [output.outputs[0] for output in llm.generate(prompts, params)]
+    texts = [prompt + list(out.token_ids) for prompt, out in zip(prompts, done, strict=True)]
+    return texts, [
+        [given[token].logprob for token, given in zip(out.token_ids, out.logprobs, strict=True)] for out in done
+    ]
+
+
+def scored(llm: LLM, texts: list[list[int]]) -> list[list[float]]:
+    """Log-probabilities of the same tokens as an eager prefill gives them."""
+    return [[position.next_logprob for position in llm.score(ids, top=1)[-TOKENS - 1 : -1]] for ids in texts]
+
+
+def mean_error(found: list[list[float]], wanted: list[list[float]]) -> float:
+    pairs = [(f, w) for row, other in zip(found, wanted, strict=True) for f, w in zip(row, other, strict=True)]
+    return sum(abs(f - w) for f, w in pairs) / len(pairs)
 
 
 def check(path: Path, devices: str, dtype: str, **settings: Any) -> None:
-    limit = 3e-2 if dtype == "float16" else 2e-1
+    """Random weights magnify rounding (tenths of a nat in 16 bits), so the captured step is judged by float32 on a
+    CPU: it may not be farther from it than the eager step is, but for chance."""
+    found = {}
     with LLM(path, devices=devices, dtype=dtype, max_model_len=256, **settings) as llm:
-        assert largest_difference(llm, PROMPTS) < limit
-        assert largest_difference(llm, PROMPTS[:1]) < limit
-        assert largest_difference(llm, PROMPTS * 3) < limit  # nine sequences: more than a graph takes
+        for name, prompts in (("three", PROMPTS), ("one", PROMPTS[:1]), ("nine, more than a graph takes", PROMPTS * 3)):
+            texts, decode = decoded(llm, prompts)
+            found[name] = texts, decode, scored(llm, texts)
         assert llm.verify()["ok"]
+    with LLM(path, devices="cpu:1", dtype="float32", max_model_len=256) as llm:
+        for name, (texts, decode, eager) in found.items():
+            truth = scored(llm, texts)
+            assert mean_error(decode, truth) <= 1.5 * mean_error(eager, truth) + 1e-3, name
 
 
 @pytest.mark.gpu
