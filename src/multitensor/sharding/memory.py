@@ -82,7 +82,7 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     spec, tokens, on_cpu = plan.spec, plan.max_batch_tokens, rank.device.kind == "cpu"
     element = DTYPE_BYTES[plan.dtype]
     attention = (2 * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
-    # The residual stream and one temporary of it in float32; normed input and partial sum; the widest phase beside them.
+    # The residual stream and a temporary of it in float32; normed input, partial sum; the widest phase beside them.
     activations = tokens * (8 * spec.hidden_size + element * (2 * spec.hidden_size + max(attention, 3 * rank.ffn.size)))
     # A rank's own logits and those gathered from all ranks, in float32.
     logits = plan.max_num_seqs * 4 * (rank.vocabulary.size + spec.vocab_size)
