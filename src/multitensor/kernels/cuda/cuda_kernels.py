@@ -74,7 +74,7 @@ class CudaKernels(Kernels):
         if few is not None:
             return self._multiply(x, few, bias, float_out=float_out)
         tiled, plane = self._tiled((w,), x), w.planes.get("weight")
-        if plane is not None and self.float_kernels.takes(x, plane):
+        if plane is not None and self._few_floats(x, plane):
             y = self.float_kernels.multiply(x, plane, float_out=float_out)
             return y if bias is None else y.add_(bias.to(y.dtype))
         y = super().linear(x, w, bias) if tiled is None else self._expanded_linear(x, tiled[0], bias)
@@ -109,7 +109,7 @@ class CudaKernels(Kernels):
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         tiled = self._tiled((w,), hidden)
         plane = w.planes.get("weight")
-        if plane is not None and self.float_kernels.takes(hidden, plane):
+        if plane is not None and self._few_floats(hidden, plane):
             return self.float_kernels.multiply(hidden, plane, float_out=True)
         if tiled is None:
             return super().logits(hidden, w)
@@ -128,6 +128,10 @@ class CudaKernels(Kernels):
         found = [w for w in weights if isinstance(w, TiledTensor)]
         half = x.dtype in (torch.float16, torch.bfloat16)
         return found if half and len(found) == len(weights) and x.shape[0] else None
+
+    def _few_floats(self, x: torch.Tensor, plane: torch.Tensor) -> bool:
+        """Whether our kernel takes float weights as they lie, and beats cuBLAS at it."""
+        return self.float_kernels.takes(x, plane) and self.float_kernels.pays(x, plane)
 
     def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
         """The weights, where the matrix-vector kernels are the best there is for x."""
