@@ -1,0 +1,112 @@
+"""Errors as the API shows them: OpenAI's shape, a message for people, nothing of the inside."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from multitensor.errors import InputError, MultitensorError, RankFailed
+
+logger = logging.getLogger("multitensor.server")
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_MAX_MESSAGE = 600
+
+
+class ApiError(MultitensorError):
+    """An answer other than 200. type: by default the one that goes with the status. headers: sent with it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        type: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.type = type or _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """{"error": {"message", "type", "param", "code"}}."""
+        message = " ".join(self.message.split())
+        if len(message) > _MAX_MESSAGE:
+            message = message[: _MAX_MESSAGE - 3] + "..."
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, headers=self.headers)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """What the caller is told of an error. Whatever was not raised on purpose is logged and becomes a bare 500."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ValidationError):
+        return _validation(error)
+    if isinstance(error, InputError):
+        return bad_request(str(error))
+    if isinstance(error, RankFailed):
+        logger.error("a rank failed: %s", error)
+        message = "the model's process group failed and is being restarted; try again shortly"
+        return ApiError(503, message, code="engine_failed", headers={"Retry-After": "5"})
+    if type(error).__name__ == "Overloaded":  # engine/async_engine.py's, by name: errors need no engine
+        return ApiError(429, str(error), code="server_overloaded", headers={"Retry-After": "1"})
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail), headers=error.headers)
+    logger.error("unexpected error while answering", exc_info=error)
+    return ApiError(500, "the server made a mistake; its log has the details", code="internal_error")
+
+
+def _validation(error: ValidationError) -> ApiError:
+    """The first thing that is wrong with a body. A union reports each branch: the longest path got furthest."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    detail = max(details, key=lambda entry: len(_path(entry["loc"])))
+    path = _path(detail["loc"])
+    param = ".".join(path) or None
+    if detail["type"] == "json_invalid":
+        return bad_request(f"the request body is not valid JSON: {detail['msg']}")
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    return bad_request(f"{param}: {message}" if param else message, param=path[0] if path else None)
+
+
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """The location without pydantic's names of union branches ("str", "list[int]", "ToolFunction")."""
+    branches = ("str", "int", "float", "bool", "none")
+    return [
+        str(part)
+        for part in location
+        if isinstance(part, int) or (part.islower() and "[" not in part and part not in branches)
+    ]
+
+
+def install(app: FastAPI) -> None:
+    """Every error of every route in OpenAI's shape; also unknown paths and methods."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        found = to_api_error(error)
+        if found.status == 404 and not isinstance(error, ApiError):
+            found = ApiError(404, f"there is no {request.method} {request.url.path} here; see /docs")
+        elif found.status == 405:
+            found = ApiError(405, f"{request.url.path} does not take {request.method}", headers=found.headers)
+        return found.response()
+
+    for kind in (MultitensorError, ValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, answer)
