@@ -34,3 +34,9 @@ class RankFailed(MultitensorError):
     """A tensor parallel rank raised, was killed, or stopped answering; the message carries its reason."""
 
     exit_code = 1
+
+
+class Overloaded(MultitensorError):
+    """The engine takes no request now: too many wait, or it is stopping. Ask again later."""
+
+    exit_code = 1

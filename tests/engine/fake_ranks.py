@@ -73,17 +73,22 @@ class FakeExecutor:
         self.steps: list[StepInput] = []
         self.fail_at: int | None = None
         self.closed = 0
+        self.lost = False
         self.on_submit: Callable[[StepInput], None] = lambda step: None
 
     def start(self, plan: Any, config: Any, progress: Any = None) -> None: ...
 
     def submit(self, step: StepInput) -> None:
-        self.check(step)
+        self.check_step(step)
         self.queue.append(step)
         self.steps.append(step)
         self.on_submit(step)
 
-    def check(self, step: StepInput) -> None:
+    def check(self) -> None:
+        if self.lost:
+            raise RankFailed("rank 1 of 2 was killed (signal 9)")
+
+    def check_step(self, step: StepInput) -> None:
         assert len(self.queue) < 2, "more than one step ahead"
         assert step.step == len(self.steps)
         assert 1 <= step.query_lens.sum() <= self.max_batch_tokens

@@ -32,6 +32,9 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens that were looked up in the cache
+    prefix_hits: int = 0  # and of these, those found there
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -40,6 +43,17 @@ class EngineStats:
     @property
     def decode_tokens_per_second(self) -> float | None:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """Sequences that hold a slot, and that wait; tokens of the pool in use (blocks that are only kept for reuse count
+    as free), and in all."""
+
+    running: int
+    waiting: int
+    kv_used: int
+    kv_total: int
 
 
 class Engine:
@@ -52,6 +66,7 @@ class Engine:
         self, executor: Executor, plan: Plan, config: EngineConfig, tokenizer: Tokenizer | None = None
     ) -> None:
         self.plan = plan
+        self.config = config
         self.tokenizer = tokenizer
         self.stats = EngineStats()
         n_blocks = plan.kv_tokens // plan.block_size
@@ -111,8 +126,10 @@ class Engine:
         *,
         prompt: str | None = None,
         request_id: str | None = None,
+        key: str = "",
     ) -> Request:
-        """Queues a prompt. Raises InputError, or the RankFailed of earlier."""
+        """Queues a prompt. key: whose request it is; keys take turns. Raises InputError, or the RankFailed of
+        earlier."""
         self._raise_failure()
         ids = self.check_prompt(prompt_ids)
         self.check_params(params)
@@ -128,7 +145,7 @@ class Engine:
         continuations = [
             Continuation(
                 index,
-                Sequence(ids, limit, setup, derive_seed(seed, index)),
+                Sequence(ids, limit, setup, derive_seed(seed, index), key=key),
                 params,
                 self.tokenizer,
                 self._eos_ids,
@@ -199,6 +216,13 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self._scheduler.has_unfinished
 
+    def load(self) -> EngineLoad:
+        """How much is under way; may be asked from any thread."""
+        scheduler, blocks = self._scheduler, self._scheduler.blocks
+        used = blocks.n_blocks - blocks.n_free
+        size = blocks.block_size
+        return EngineLoad(len(scheduler.running), len(scheduler.waiting), used * size, blocks.n_blocks * size)
+
     def step(self) -> list[Request | ScoreRequest]:
         """Submits the next step, then waits for the one before it. Returns the requests that have news; an empty
         list when a step was only submitted."""
@@ -246,6 +270,15 @@ class Engine:
             self._failure = failure
             raise
 
+    def check(self) -> None:
+        """Raises RankFailed when a rank has been lost, also while nothing runs."""
+        self._raise_failure()
+        try:
+            self._executor.check()
+        except RankFailed as failure:
+            self._failure = failure
+            raise
+
     def close(self) -> None:
         """Ends the ranks. Requests under way are lost."""
         self._executor.close()
@@ -282,6 +315,7 @@ class Engine:
             assert update.token is not None
             continuation.accept(update.token, update.logprobs)
             request.count_token(now)
+            self.stats.generated_tokens += 1
             news[request] = None
             if continuation.finish_reason is not None:
                 self._drop(update.sequence)

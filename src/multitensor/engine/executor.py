@@ -27,5 +27,8 @@ class Executor(Protocol):
     def call(self, method: str, **arguments: Any) -> list[Any]:
         """Runs `ModelRunner.<method>(**arguments)` on every rank, between steps; all ranks' results in rank order."""
 
+    def check(self) -> None:
+        """Raises RankFailed when a rank has been lost, also while nothing is under way; does not wait."""
+
     def close(self) -> None:
         """Ends all ranks and frees everything; safe to call twice and from a signal's KeyboardInterrupt."""

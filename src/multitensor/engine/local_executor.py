@@ -91,7 +91,7 @@ class LocalExecutor:
             self._failures.append((failure, error))
             group.abort(failure.message)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         # The first is the cause: the others only fail once it has aborted the group, after it was noted.
         if self._failures:
             failure, cause = self._failures[0]
@@ -101,7 +101,7 @@ class LocalExecutor:
 
     def _result(self, port: _Port, progress: Progress | None = None) -> Any:
         while True:
-            self._check()
+            self.check()
             if progress is not None:
                 progress(sum(p.loaded[0] for p in self._ports), sum(p.loaded[1] for p in self._ports))
             try:
@@ -110,7 +110,7 @@ class LocalExecutor:
                 continue
 
     def _send(self, message: object) -> None:
-        self._check()
+        self.check()
         for port in self._ports:
             port.messages.put(message)
 

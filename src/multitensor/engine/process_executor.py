@@ -154,6 +154,9 @@ class ProcessExecutor:
         self._ranks.check()
         return self._ranks
 
+    def check(self) -> None:
+        self._started()
+
     def submit(self, step: StepInput) -> None:
         ranks = self._started()
         ranks.channel.send(("step", step), lambda: self._while_full(ranks))

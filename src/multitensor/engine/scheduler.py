@@ -40,6 +40,7 @@ class Sequence:
     setup: SamplingSetup | None = None
     seed: int = 0
     score_top: int = 0
+    key: str = ""
 
     output_ids: list[int] = field(default_factory=list)
     scores: PositionScores = field(default_factory=list)
