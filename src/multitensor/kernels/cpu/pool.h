@@ -8,6 +8,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -179,6 +180,13 @@ static void pool_start(pool *p, int threads, int64_t spin_ns)
     p->pid = getpid();
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
+    /* Workers take no signals, so that Ctrl-C interrupts the thread that waits; faults stay the faulting thread's. */
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP};
+    sigset_t blocked, before;
+    sigfillset(&blocked);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++)
+        sigdelset(&blocked, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
     for (int i = 1; i < p->threads; i++) {
         worker *w = &p->workers[p->started];
         w->owner = p;
@@ -187,6 +195,7 @@ static void pool_start(pool *p, int threads, int64_t spin_ns)
             break;
         p->started++;
     }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 #endif
