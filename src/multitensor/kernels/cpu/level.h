@@ -15,7 +15,6 @@
 
 const kernel_table TABLE = {
     .name = TABLE_NAME,
-    .gemv_tokens = GEMV_TOKENS,
     .quantize = quantize_row,
     .multiply_fast = multiply_fast,
     .multiply_exact = multiply_exact,

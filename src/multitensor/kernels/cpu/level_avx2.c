@@ -16,7 +16,6 @@
 #define INTEGER_TOKENS 3  /* tokens of an integer micro-kernel: 2 x 3 integer and 2 x 3 float sums in 16 registers */
 #define INTEGER_TOKENS_LESS 2
 #define FLOAT_TOKENS 6
-#define GEMV_TOKENS 8
 
 typedef __m256 vf;
 typedef __m256i vi;

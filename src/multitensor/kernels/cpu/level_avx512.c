@@ -16,7 +16,6 @@
 #define INTEGER_TOKENS 6  /* tokens of an integer micro-kernel: 2 x 6 integer and 2 x 6 float sums in 32 registers */
 #define INTEGER_TOKENS_LESS 3
 #define FLOAT_TOKENS 12
-#define GEMV_TOKENS 8
 
 typedef __m512 vf;
 typedef __m512i vi;

@@ -12,7 +12,6 @@
 #define SIGNED_BIAS 0   /* what fast_codes adds to signed codes */
 #define PACKED_INTEGERS 0 /* no packed tiles for 8-bit activations: rows are multiplied one by one */
 #define FLOAT_TOKENS 4  /* tokens of a float micro-kernel, at most */
-#define GEMV_TOKENS 8
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));

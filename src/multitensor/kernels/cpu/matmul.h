@@ -29,7 +29,7 @@ FN void multiply_fast(const weight *w, int64_t r0, int64_t r1, const activations
     } else if (a->tokens == 1) {
         TYPES[w->type].one_fast(w, r0, r1, a, to, &work);
 #if PACKED_INTEGERS
-    } else if (a->tokens > GEMV_TOKENS) {
+    } else if (a->tokens > FAST_ROW_TOKENS) {
         for (int64_t row = r0; row < r1; row += TILE_ROWS)
             multiply_tile_fast(w, row, min_int(TILE_ROWS, r1 - row), a, to, &work);
 #endif
@@ -54,7 +54,7 @@ FN void multiply_exact(const weight *w, int64_t r0, int64_t r1, const activation
         set_bias_only(r0, r1, a, to);
     } else if (a->tokens == 1) {
         TYPES[w->type].one_exact(w, r0, r1, a, to, &work);
-    } else if (a->tokens > GEMV_TOKENS) {
+    } else if (a->tokens > EXACT_ROW_TOKENS) {
         for (int64_t row = r0; row < r1; row += TILE_ROWS)
             multiply_tile_exact(w, row, min_int(TILE_ROWS, r1 - row), a, to, &work);
     } else {

@@ -1,4 +1,4 @@
-/* The native CPU kernels' C interface (called through ctypes by native.py), memory and division of work.
+/* The native CPU kernels' C interface (called through ctypes by library.py and native.py), memory and division of work.
  *
  * A context belongs to one rank: it owns its threads and its scratch memory. Calls on one context exclude each other by
  * a mutex. Functions return 0, or a negative number: OUT_OF_MEMORY or BAD_INDEX. */
@@ -223,7 +223,7 @@ static int64_t choose_chunk_rows(const context *c, int64_t rows, int64_t cols, i
 {
     int64_t least = max_int(1, PARALLEL_WORK / 4 / max_int(1, cols * tokens));
     int64_t chunk = max_int(least, (rows + 4 * c->threads.threads - 1) / (4 * c->threads.threads));
-    return round_up(chunk, tokens > c->table->gemv_tokens ? MAX_TILE_ROWS : 4);
+    return round_up(chunk, tokens > FAST_ROW_TOKENS ? MAX_TILE_ROWS : 4);
 }
 
 static int run_linear(context *c, const float *x, int64_t tokens, int64_t x_stride, linear_job *job)

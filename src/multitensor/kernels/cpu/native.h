@@ -11,15 +11,17 @@
 
 #define BLOCK 64          /* weights (columns) that the kernels handle at a time */
 #define MAX_TILE_ROWS 32  /* weight rows of a packed tile, the widest level's */
-#define MAX_GEMV_TOKENS 8 /* tokens for which rows are multiplied one by one, at most */
+/* Up to so many tokens rows are multiplied one by one, where tiles would not repay the packing (measured). */
+#define FAST_ROW_TOKENS 4
+#define EXACT_ROW_TOKENS 8
 #define TILE_COLS 4096    /* columns of a packed tile of 8-bit codes; a quarter of it in floats */
 
-/* Numbers known to native.py (TYPE_IDS). */
+/* Numbers known to library.py (TYPE_IDS). */
 enum weight_type {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, N_TYPES
 };
 
-/* Numbers known to native.py (PLANES): where each plane of a QuantTensor goes. "minimum" is m or dmin. */
+/* Numbers known to library.py (PLANES): where each plane of a QuantTensor goes. "minimum" is m or dmin. */
 enum plane { QUANTS, HIGH, SCALES, MINS, D, MINIMUM, N_PLANES };
 
 /* One QuantTensor: plane base addresses and the bytes between their rows. */
@@ -80,7 +82,6 @@ typedef struct {
 /* The kernels of one instruction set. `scratch` is a thread's own, 64-byte aligned, scratch_bytes() long. */
 typedef struct {
     const char *name;
-    int64_t gemv_tokens; /* up to so many tokens rows are multiplied one by one */
     void (*quantize)(const float *x, int64_t cols, int64_t padded, int8_t *q, float *const d[N_UNITS],
                      float *const sum[N_UNITS], const int64_t groups[N_UNITS]);
     /* Rows [r0, r1) of w times every token; fast: 8-bit activations, exact: float ones. */
