@@ -95,6 +95,8 @@ class EngineConfig:
     max_num_seqs: sequences in one step at most (also the number of sampler slots).
     max_batch_tokens: query tokens in one step at most (the prefill chunk).
     block_size: tokens in one KV block.
+    prefix_cache: who may reuse what was computed of a prompt's beginning: "shared", all requests; "key", those of one
+    API key (else the time to the first token tells whether somebody sent the same beginning); "off".
     """
 
     model: str
@@ -104,3 +106,4 @@ class EngineConfig:
     max_num_seqs: int
     max_batch_tokens: int
     block_size: int
+    prefix_cache: Literal["shared", "key", "off"] = "shared"

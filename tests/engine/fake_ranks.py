@@ -95,20 +95,29 @@ class FakeExecutor:
         assert len(step.token_ids) == len(step.score_next) == step.query_lens.sum()
         assert (step.query_lens > 0).all()
         assert len(set(step.slots.tolist())) == len(step.slots) <= self.max_num_seqs
-        owners = self.owners(step)
+        used, written = self.blocks(step)
         for under_way in self.queue:
-            for block, owner in self.owners(under_way).items():
-                assert owners.get(block, owner) == owner, "a block changed hands while a step used it"
+            used_there, written_there = self.blocks(under_way)
+            for block, owner in written.items():
+                assert used_there.get(block, {owner}) == {owner}, "a block changed hands while a step used it"
+            for block, owner in written_there.items():
+                assert used.get(block, {owner}) == {owner}, "a block was shared before the step that fills it had ended"
 
-    def owners(self, step: StepInput) -> dict[int, tuple[int, int]]:
-        """Block -> (slot, logical number); each block once."""
-        result: dict[int, tuple[int, int]] = {}
+    def blocks(self, step: StepInput) -> tuple[dict[int, set[tuple[int, int]]], dict[int, tuple[int, int]]]:
+        """Block -> everyone who uses it, as (slot, logical number); and block -> the one who writes to it."""
+        used: dict[int, set[tuple[int, int]]] = {}
+        written: dict[int, tuple[int, int]] = {}
         for row, slot in enumerate(step.slots.tolist()):
-            used = -(-int(step.context_lens[row] + step.query_lens[row]) // self.block_size)
-            for number, block in enumerate(step.block_tables[row, :used].tolist()):
-                assert block not in result
-                result[block] = (slot, number)
-        return result
+            cached = int(step.context_lens[row])
+            n_blocks = -(-(cached + int(step.query_lens[row])) // self.block_size)
+            table = step.block_tables[row, :n_blocks].tolist()
+            assert len(set(table)) == len(table)
+            for number, block in enumerate(table):
+                used.setdefault(block, set()).add((slot, number))
+                if number >= cached // self.block_size:
+                    written[block] = (slot, number)
+        assert all(len(used[block]) == 1 for block in written), "a block that is written to is shared"
+        return used, written
 
     def collect(self) -> StepOutput:
         step = self.queue.popleft()
@@ -199,8 +208,10 @@ def make_plan(context: int, n_blocks: int, block_size: int, max_batch_tokens: in
     )
 
 
-def make_config(max_num_seqs: int, max_batch_tokens: int, block_size: int, seed: int = 0) -> EngineConfig:
-    return EngineConfig("fake", "float32", True, seed, max_num_seqs, max_batch_tokens, block_size)
+def make_config(
+    max_num_seqs: int, max_batch_tokens: int, block_size: int, seed: int = 0, prefix_cache: Any = "shared"
+) -> EngineConfig:
+    return EngineConfig("fake", "float32", True, seed, max_num_seqs, max_batch_tokens, block_size, prefix_cache)
 
 
 def make_engine(
@@ -212,8 +223,9 @@ def make_engine(
     max_batch_tokens: int = 16,
     seed: int = 0,
     tokenizer: Any = None,
+    prefix_cache: str = "shared",
 ) -> tuple[Engine, FakeExecutor]:
     executor = FakeExecutor(n_blocks, block_size, max_batch_tokens, max_num_seqs)
-    config = make_config(max_num_seqs, max_batch_tokens, block_size, seed)
+    config = make_config(max_num_seqs, max_batch_tokens, block_size, seed, prefix_cache)
     plan = make_plan(context, n_blocks, block_size, max_batch_tokens)
     return Engine(executor, plan, config, tokenizer or FakeTokenizer()), executor

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multitensor.engine.engine import Engine
+from multitensor.engine.kv_cache import BlockManager
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.request_state import Request
 
@@ -17,6 +18,7 @@ from multitensor.engine.request_state import Request
 class Case:
     prompt: tuple[int, ...]
     params: SamplingParams
+    key: str
     arrives: int
     cancelled: int | None
 
@@ -31,10 +33,20 @@ PARAMS = st.builds(
     stop_token_ids=st.sampled_from([None, [3, 4]]),
     logprobs=st.sampled_from([None, 2]),
 )
+# Many begin alike, so that there is something to share.
+PROMPTS = st.one_of(
+    st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30).map(tuple),
+    st.builds(
+        lambda common, own: (*range(1, common), *own),
+        st.integers(2, 25),
+        st.lists(st.integers(1, 3), min_size=1, max_size=6),
+    ),
+)
 CASES = st.lists(
     st.builds(
         Case,
-        prompt=st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30).map(tuple),
+        prompt=PROMPTS,
+        key=st.sampled_from(["", "a", "b"]),
         params=PARAMS,
         arrives=st.integers(0, 12),
         cancelled=st.one_of(st.none(), st.none(), st.integers(0, 30)),
@@ -44,6 +56,7 @@ CASES = st.lists(
 )
 SIZES = st.fixed_dictionaries(
     {
+        "prefix_cache": st.sampled_from(["shared", "key", "off"]),
         "block_size": st.sampled_from([1, 3, 8]),
         "extra_blocks": st.sampled_from([0, 2, 40]),
         "max_num_seqs": st.integers(1, 5),
@@ -57,12 +70,20 @@ def drain(engine: Engine) -> None:
     engine.call("memory")
 
 
+def check_blocks(blocks: BlockManager) -> None:
+    """Every block is free, idle or held: exactly one of them."""
+    held = [block for block in range(blocks.n_blocks) if blocks._holders[block] > 0]
+    assert sorted([*blocks._free, *blocks._idle, *held]) == list(range(blocks.n_blocks))
+    assert {block: content for content, block in blocks._by_hash.items()} == blocks._hashes
+    assert set(blocks._idle) <= set(blocks._hashes) and not set(blocks._free) & set(blocks._hashes)
+
+
 def check_nothing_leaked(engine: Engine) -> None:
     drain(engine)
     scheduler = engine._scheduler
     assert not engine.has_unfinished and not scheduler.n_under_way
-    assert scheduler.blocks.n_free == scheduler.blocks.n_blocks
-    assert sorted(scheduler.blocks._free) == list(range(scheduler.blocks.n_blocks))
+    check_blocks(scheduler.blocks)
+    assert scheduler.blocks.n_free == scheduler.blocks.n_blocks and not scheduler.blocks._waiting
     assert sorted(scheduler._free_slots) == list(range(scheduler.max_num_seqs))
     assert not engine._owners and not engine._requests
 
@@ -83,11 +104,11 @@ def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], si
     for step in range(20_000):
         for number, case in enumerate(cases):
             if case.arrives == step:
-                requests[number] = engine.add_request(case.prompt, case.params)
+                requests[number] = engine.add_request(case.prompt, case.params, key=case.key)
             if number in requests and case.cancelled == step:
                 engine.cancel(requests[number])
         engine.step()
-        check_first_come_first_served(engine)
+        check_blocks(engine._scheduler.blocks)
         if len(requests) == len(cases) and all(request.finished for request in requests.values()):
             break
     assert len(requests) == len(cases)

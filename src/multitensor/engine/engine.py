@@ -84,6 +84,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._n_requests = 0
         self._submitted: list[tuple[StepInput, float]] = []
+        self._untold: dict[Request | ScoreRequest, None] = {}  # news that came while a call waited for its turn
         self._last_result = 0.0
         self._failure: RankFailed | None = None
 
@@ -145,7 +146,14 @@ class Engine:
         continuations = [
             Continuation(
                 index,
-                Sequence(ids, limit, setup, derive_seed(seed, index), key=key),
+                Sequence(
+                    ids,
+                    limit,
+                    setup,
+                    derive_seed(seed, index),
+                    key=key,
+                    salt=self._salt(key),
+                ),
                 params,
                 self.tokenizer,
                 self._eos_ids,
@@ -173,6 +181,12 @@ class Engine:
         self._owners[request.sequence] = request
         self._scheduler.add(request.sequence)
         return request
+
+    def _salt(self, key: str) -> bytes | None:
+        """Which requests may share what they have computed of their beginnings."""
+        if self.config.prefix_cache == "off":
+            return None
+        return key.encode() if self.config.prefix_cache == "key" else b""
 
     def _setup(self, ids: list[int], params: SamplingParams) -> SamplingSetup:
         suppress = set(params.stop_ids) | (set() if params.ignore_eos else set(self._eos_ids))
@@ -214,7 +228,8 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        return self._scheduler.has_unfinished
+        """Whether `step` has anything to do or to tell."""
+        return self._scheduler.has_unfinished or bool(self._untold)
 
     def load(self) -> EngineLoad:
         """How much is under way; may be asked from any thread."""
@@ -227,9 +242,14 @@ class Engine:
         """Submits the next step, then waits for the one before it. Returns the requests that have news; an empty
         list when a step was only submitted."""
         self._raise_failure()
+        if self._untold:
+            told, self._untold = list(self._untold), {}
+            return told
         try:
             step = self._scheduler.schedule()
             self.stats.preemptions = self._scheduler.preemptions
+            self.stats.prefix_queries = self._scheduler.prefix_queries
+            self.stats.prefix_hits = self._scheduler.prefix_hits
             if step is not None:
                 self._submit(step)
                 if len(self._submitted) == 1:
@@ -264,7 +284,7 @@ class Engine:
         self._raise_failure()
         try:
             while self._submitted:
-                self._collect()
+                self._untold |= dict.fromkeys(self._collect())
             return self._executor.call(method, **arguments)
         except RankFailed as failure:
             self._failure = failure

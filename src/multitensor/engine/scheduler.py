@@ -4,22 +4,31 @@ Steps are scheduled one ahead of the results: while step n runs, step n + 1 is m
 yield. What can be known beforehand is (the limit of output tokens, hence the end of the context); what cannot (an end
 token, a stop string, a cancellation) makes one token too many, which is dropped when it arrives.
 
-Order is first come, first served: older sequences get their tokens and blocks first, whoever is youngest gives its
-blocks back when the pool runs dry and computes them again later ("preemption with recompute"). It keeps its sampler
-slot meanwhile, since the history there (for penalties) cannot be rebuilt from the prompt alone; as it will be the
-next to be admitted, nobody waits for that slot. The oldest is never preempted, so there is always progress.
+Tokens: every sequence that decodes gets its one; what is left of the step is shared evenly among prompts, those that
+begin included, so a long prompt delays nobody's next token by more than one step, and no short prompt by its length.
+
+Blocks: whoever started first gets them first; the youngest gives its own back when the pool runs dry and computes them
+again later ("preemption with recompute"). It keeps its sampler slot meanwhile, since the history there (for penalties)
+cannot be rebuilt from the prompt alone; as it will be the next to be admitted, nobody waits for that slot. The oldest
+is never preempted, so there is always progress. Those that wait for their first step are taken by turns of their keys.
+
+Prefixes: a sequence that starts takes over the full blocks of tokens that others (or itself, before a preemption)
+computed, as far as its own beginning is the same and the steps that wrote them have ended. At least its last token is
+computed anew, for its logits.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
-from multitensor.engine.kv_cache import BlockManager
+from multitensor.engine.fair_queue import FairQueue
+from multitensor.engine.kv_cache import BlockHash, BlockManager, block_hash
 from multitensor.engine.uniforms import uniform
 
 PositionScores = list[tuple[list[int], list[float], float | None]]
@@ -31,6 +40,7 @@ class Sequence:
 
     prompt_ids: at least one id. limit: output tokens it may have; len(prompt_ids) + limit is within context and pool.
     setup: sent to the ranks when the sequence gets a slot (its `slot` is filled in then). seed: of `derive_seed`.
+    key: whose it is; keys take turns. salt: only sequences of the same salt share blocks; None: it shares none.
     The rest belongs to the scheduler: `output_ids` are the tokens known so far, `pending` counts those under way,
     `computed` the tokens whose keys and values are in the cache, or will be when the steps under way have ended.
     """
@@ -41,6 +51,7 @@ class Sequence:
     seed: int = 0
     score_top: int = 0
     key: str = ""
+    salt: bytes | None = None
 
     output_ids: list[int] = field(default_factory=list)
     scores: PositionScores = field(default_factory=list)
@@ -50,6 +61,7 @@ class Sequence:
     slot: int = -1
     last_step: int = -1
     finished: bool = False
+    hashes: list[BlockHash] = field(default_factory=list)  # of its full blocks of known tokens, as far as needed yet
 
     @property
     def total(self) -> int:
@@ -69,15 +81,26 @@ class Sequence:
         ids = self.prompt_ids[start:stop] + self.output_ids[max(start - split, 0) : max(stop - split, 0)]
         return ids + [-1] * (stop - start - len(ids))
 
+    def block_hashes(self, count: int, block_size: int) -> list[BlockHash]:
+        """Of its first `count` blocks, whose tokens are all known."""
+        assert self.salt is not None
+        for number in range(len(self.hashes), count):
+            parent = self.hashes[-1] if self.hashes else self.salt
+            self.hashes.append(block_hash(parent, self.ids(number * block_size, (number + 1) * block_size)))
+        return self.hashes[:count]
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + size) of a sequence in one step; samples: its last token yields a new one."""
+    """Tokens [start, start + size) of a sequence in one step; samples: its last token yields a new one.
+    fills: the blocks that are full then and were not before, of which the first is number first_filled."""
 
     sequence: Sequence
     start: int
     size: int
     samples: bool
+    first_filled: int
+    fills: list[int]
 
 
 @dataclass(frozen=True)
@@ -104,9 +127,11 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_num_seqs = max_num_seqs
         self.blocks = BlockManager(n_blocks, block_size)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first, all older than those waiting
+        self.waiting: FairQueue[Sequence] = FairQueue()
+        self.running: list[Sequence] = []  # in the order in which they started
         self.preemptions = 0
+        self.prefix_queries = 0  # tokens of sequences that started and might have been found in blocks
+        self.prefix_hits = 0  # those that were
         self.started: list[Sequence] = []  # those that the last call of schedule() gave a slot
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._under_way: deque[tuple[int, list[Chunk]]] = deque()
@@ -123,15 +148,17 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         if self.blocks.blocks_for(sequence.total + sequence.limit) > self.blocks.n_blocks:
             raise ValueError("the sequence can outgrow the KV pool; its limit must be lower")
-        self.waiting.append(sequence)
+        self.waiting.push(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Ended or cancelled; safe to call twice. Tokens under way are dropped when they come."""
         if sequence.finished:
             return
         sequence.finished = True
-        queue = self.running if sequence in self.running else self.waiting
-        queue.remove(sequence)
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
         self.blocks.release(sequence.table, sequence.last_step)
         if sequence.slot >= 0:  # the ranks take steps in order: a later step may fill the slot anew at once
             self._free_slots.append(sequence.slot)
@@ -140,10 +167,12 @@ class Scheduler:
         """The next step, which counts as under way from now on; None when there is nothing to compute before the
         results of the steps under way are known."""
         preemptions = self.preemptions
-        chunks, budget, starved = self._continue_running(self.max_batch_tokens)
+        newcomers = self._newcomers()
+        sizes = _shares(self.max_batch_tokens, [(s, s.remaining) for s in self.running], newcomers)
+        chunks, starved = self._continue_running(sizes)
         self.started = []
         if not starved and preemptions == self.preemptions:
-            chunks += self._admit(budget)
+            chunks += self._admit([sequence for sequence, _ in newcomers], sizes)
         if not chunks:
             return None
         step, self._next_step = self._next_step, self._next_step + 1
@@ -161,6 +190,8 @@ class Scheduler:
         step, chunks = self._under_way.popleft()
         if output.step != step:
             raise RuntimeError(f"the ranks answered step {output.step} where step {step} was expected")
+        for chunk in chunks:
+            self._remember(chunk)
         self.blocks.step_ended(step)
         for number, chunk in enumerate(chunks):
             sequence = chunk.sequence
@@ -177,25 +208,57 @@ class Scheduler:
                 sequence.scores += output.scores[number][len(sequence.scores) - chunk.start :]
                 yield Update(sequence, None)
 
-    def _continue_running(self, budget: int) -> tuple[list[Chunk], int, bool]:
-        """Chunks of the sequences that run already; the tokens of the budget that are left; and whether one of them
-        waits for blocks, which the younger must then leave to it."""
+    def _remember(self, chunk: Chunk) -> None:
+        """The blocks that the chunk filled can be found from now on. They are held until its step is counted as ended,
+        even when the sequence has given them up since."""
+        sequence, size = chunk.sequence, self.blocks.block_size
+        if sequence.salt is None or not chunk.fills:
+            return
+        known = (len(sequence.prompt_ids) + len(sequence.output_ids)) // size  # a cancelled one's last may never be
+        stop = min(chunk.first_filled + len(chunk.fills), known)
+        hashes = sequence.block_hashes(max(stop, 0), size)[chunk.first_filled :]
+        for block, content in zip(chunk.fills, hashes, strict=False):
+            self.blocks.remember(block, content)
+
+    def _known_blocks(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold its beginning already, the last token left out. It has no token under way."""
+        if sequence.salt is None or sequence.score_top:
+            return []
+        size = self.blocks.block_size
+        return self.blocks.find(sequence.block_hashes((sequence.total - 1) // size, size))
+
+    def _newcomers(self) -> list[tuple[Sequence, int]]:
+        """Those that could start now, the next first, and how many tokens each wants. One starts when the blocks for
+        all tokens it has are free, though it takes them chunk by chunk."""
+        found: list[tuple[Sequence, int]] = []
+        slots, free = len(self._free_slots), self.blocks.n_free
+        for sequence in self.waiting:
+            known = self._known_blocks(sequence) if not sequence.pending else []
+            slots -= sequence.slot < 0
+            free -= self.blocks.blocks_for(sequence.total) - len(known) + self.blocks.n_idle(known)
+            if sequence.pending or slots < 0 or free < 0:
+                break
+            found.append((sequence, sequence.remaining - len(known) * self.blocks.block_size))
+        return found
+
+    def _continue_running(self, sizes: dict[Sequence, int]) -> tuple[list[Chunk], bool]:
+        """Chunks of the sequences that run already, and whether one of them waits for blocks, which the younger must
+        then leave to it."""
         chunks: list[Chunk] = []
         starved = False
         position = 0
         while position < len(self.running):  # preemption takes from the end
             sequence = self.running[position]
             position += 1
-            size = min(sequence.remaining, budget)
+            size = sizes.get(sequence, 0)
             if size == 0:
                 continue
             needs_blocks = self.blocks.blocks_for(sequence.computed + size) > len(sequence.table)
             if needs_blocks and (starved or not self._make_room(sequence, sequence.computed + size)):
                 starved = True
                 continue
-            chunks.append(_chunk(sequence, size))
-            budget -= size
-        return chunks, budget, starved
+            chunks.append(self._chunk(sequence, size))
+        return chunks, starved
 
     def _make_room(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for `tokens` tokens, at the cost of younger sequences if need be. False: it must wait for blocks
@@ -213,36 +276,56 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self.waiting.push_first(sequence)
         self.blocks.release(sequence.table, sequence.last_step)
         sequence.computed = 0
 
-    def _admit(self, budget: int) -> list[Chunk]:
-        """Chunks of sequences that start (or start again), oldest first. One starts when the blocks for all tokens it
-        has are free, though it takes them chunk by chunk; who must be computed again also knows all its tokens."""
+    def _admit(self, newcomers: list[Sequence], sizes: dict[Sequence, int]) -> list[Chunk]:
+        """Chunks of sequences that start, or start again (who must be computed again also knows all its tokens)."""
         chunks: list[Chunk] = []
         promised = 0
-        while self.waiting:
-            sequence = self.waiting[0]
-            size = 0 if sequence.pending else min(sequence.remaining, budget)
-            needed = self.blocks.blocks_for(sequence.total)
-            if size == 0 or needed > self.blocks.n_free - promised or (sequence.slot < 0 and not self._free_slots):
+        for sequence in newcomers:
+            known = self._known_blocks(sequence)  # the running may have taken some meanwhile
+            needed = self.blocks.blocks_for(sequence.total) - len(known)
+            size = sizes.get(sequence, 0)
+            if size == 0 or needed + self.blocks.n_idle(known) > self.blocks.n_free - promised:
                 break
-            self.waiting.popleft()
+            taken = self.waiting.pop()
+            assert taken is sequence
             self.running.append(sequence)
-            self.blocks.grow(sequence.table, size)
-            promised += needed - len(sequence.table)
+            self.blocks.share(sequence.table, known)
+            sequence.computed = len(known) * self.blocks.block_size
+            self.blocks.grow(sequence.table, sequence.computed + size)
+            promised += self.blocks.blocks_for(sequence.total) - len(sequence.table)
             if sequence.slot < 0:
                 sequence.slot = self._free_slots.pop()
                 self.started.append(sequence)
-            chunks.append(_chunk(sequence, size))
-            budget -= size
+                if sequence.salt is not None and not sequence.score_top:
+                    self.prefix_queries += len(sequence.prompt_ids)
+                    self.prefix_hits += sequence.computed
+            chunks.append(self._chunk(sequence, size))
         return chunks
 
+    def _chunk(self, sequence: Sequence, size: int) -> Chunk:
+        start, stop = sequence.computed, sequence.computed + size
+        first, last = start // self.blocks.block_size, stop // self.blocks.block_size
+        samples = not sequence.score_top and stop == sequence.total
+        return Chunk(sequence, start, size, samples, first, sequence.table[first:last])
 
-def _chunk(sequence: Sequence, size: int) -> Chunk:
-    start = sequence.computed
-    return Chunk(sequence, start, size, not sequence.score_top and start + size == sequence.total)
+
+def _shares(
+    budget: int, running: SequenceOf[tuple[Sequence, int]], newcomers: SequenceOf[tuple[Sequence, int]]
+) -> dict[Sequence, int]:
+    """How many tokens each may compute now, of those it wants: the running that want a single one get it; then an even
+    share for all, where what some do not need goes to the others. Where there are fewer tokens than sequences, the
+    newest get none."""
+    in_turn = sorted((pair for pair in running if pair[1] > 0), key=lambda pair: pair[1] > 1) + list(newcomers)
+    sizes: dict[Sequence, int] = {}
+    ordered = sorted(in_turn[:budget], key=lambda pair: pair[1])  # so that what is left over is known in time
+    for place, (sequence, want) in enumerate(ordered):
+        sizes[sequence] = min(want, -(-budget // (len(ordered) - place)))
+        budget -= sizes[sequence]
+    return sizes
 
 
 def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...]) -> StepInput:

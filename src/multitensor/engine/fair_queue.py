@@ -1,0 +1,64 @@
+"""Who is next among those that wait: keys take turns, and within a key it is first come, first served."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+T = TypeVar("T", bound=Keyed)
+
+
+class FairQueue(Generic[T]):
+    """Iterates in the order in which `pop` would give. A key that has just had its turn, or is new, comes last."""
+
+    def __init__(self) -> None:
+        self._first: deque[T] = deque()  # those that were running already; they hold slots, so they go before all
+        self._turns: OrderedDict[str, deque[T]] = OrderedDict()  # no empty ones
+
+    def __len__(self) -> int:
+        return len(self._first) + sum(map(len, self._turns.values()))
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._first
+        turns = [iter(queue) for queue in self._turns.values()]
+        while turns:
+            still = []
+            for turn in turns:
+                for item in turn:
+                    yield item
+                    still.append(turn)
+                    break
+            turns = still
+
+    def push(self, item: T) -> None:
+        self._turns.setdefault(item.key, deque()).append(item)
+
+    def push_first(self, item: T) -> None:
+        """Before all others, whatever their keys."""
+        self._first.appendleft(item)
+
+    def pop(self) -> T:
+        if self._first:
+            return self._first.popleft()
+        key, queue = self._turns.popitem(last=False)
+        item = queue.popleft()
+        if queue:
+            self._turns[key] = queue
+        return item
+
+    def remove(self, item: T) -> None:
+        """ValueError when it is not there."""
+        if item in self._first:
+            self._first.remove(item)
+            return
+        queue = self._turns.get(item.key, deque())
+        queue.remove(item)
+        if not queue:
+            del self._turns[item.key]
