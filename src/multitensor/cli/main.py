@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from multitensor.cli import bench, inspect, plan, pull, run, verify
+from multitensor.cli import audit, bench, inspect, keys, manifest, plan, pull, run, verify
 from multitensor.cli.output import fail
 from multitensor.errors import MultitensorError
 
@@ -33,6 +33,9 @@ app.command("verify")(verify.command)
 app.command("bench")(bench.command)
 app.command("inspect")(inspect.command)
 app.command("pull")(pull.command)
+app.add_typer(keys.app, name="keys")
+app.add_typer(audit.app, name="audit")
+app.add_typer(manifest.app, name="manifest")
 
 
 def _version(show: bool) -> None:
