@@ -42,6 +42,8 @@ class StepInput:
     uniforms float64 [S]: in [0, 1), the sequence's random number for this step, keyed by (seed, position);
     score_top int32 [S]: k >= 1: log-probabilities at each of its query positions (k best, and of the id that
     follows, from score_next int32 [T], -1 for none); 0: none.
+    masks: sequence number -> uint32 [vocabulary / 32 rounded up], for sequences with a grammar that sample: only tokens
+    whose bit is set (bit i of word w: token 32 w + i) may be sampled.
     """
 
     step: int
@@ -55,6 +57,7 @@ class StepInput:
     score_top: np.ndarray
     score_next: np.ndarray
     setups: tuple[SamplingSetup, ...] = ()
+    masks: dict[int, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from multitensor.config import EngineConfig
 from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
 from multitensor.engine.executor import Executor
+from multitensor.engine.grammar import GrammarCompiler, GrammarSpec, GrammarState
 from multitensor.engine.request import RequestMetrics, SamplingParams
 from multitensor.engine.request_state import Continuation, Request, ScoreRequest, Tokenizer
 from multitensor.engine.scheduler import Scheduler, Sequence
@@ -80,6 +81,7 @@ class Engine:
         self._executor = executor
         self._seed = config.seed
         self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        self._grammars = GrammarCompiler(tokenizer, plan.spec.vocab_size) if tokenizer else None
         self._owners: dict[Sequence, tuple[Request, Continuation] | ScoreRequest] = {}
         self._requests: dict[str, Request] = {}
         self._n_requests = 0
@@ -117,6 +119,8 @@ class Engine:
             wrong = next((token for token in ids if token >= vocab_size), None)
             if wrong is not None:
                 raise InputError(f"{name}: token id {wrong} is not in the vocabulary of {vocab_size} ids")
+        if params.structured_outputs is not None:
+            self.compile_grammar(params.structured_outputs.grammar_spec)
         if params.stop_strings and self.tokenizer is None:
             raise InputError("stop strings need a vocabulary, which this model file lacks; use stop_token_ids")
 
@@ -128,21 +132,29 @@ class Engine:
         prompt: str | None = None,
         request_id: str | None = None,
         key: str = "",
+        grammar: GrammarSpec | None = None,
     ) -> Request:
-        """Queues a prompt. key: whose request it is; keys take turns. Raises InputError, or the RankFailed of
-        earlier."""
+        """Queues a prompt. key: whose request it is; keys take turns. grammar: what the text must follow, instead of
+        params.structured_outputs. Raises InputError, or the RankFailed of earlier."""
         self._raise_failure()
         ids = self.check_prompt(prompt_ids)
         self.check_params(params)
+        if params.structured_outputs is not None:
+            if grammar is not None:
+                raise InputError("structured_outputs and grammar both shape the text; give one of them")
+            grammar = params.structured_outputs.grammar_spec
         number = self._n_requests
         request_id = str(number) if request_id is None else request_id
         if request_id in self._requests:
             raise InputError(f"request id {request_id!r} is in use")
+        if grammar is not None:
+            self.compile_grammar(grammar)
         self._n_requests += 1
         seed = derive_seed(0, params.seed) if params.seed is not None else derive_seed(1, self._seed, number)
         room = self.context - len(ids)
         limit = room if params.max_tokens is None else min(params.max_tokens, room)
         setup = self._setup(ids, params)
+        states = [self._follow(grammar, params, setup) for _ in range(params.n)]
         continuations = [
             Continuation(
                 index,
@@ -153,6 +165,7 @@ class Engine:
                     derive_seed(seed, index),
                     key=key,
                     salt=self._salt(key),
+                    grammar=states[index],
                 ),
                 params,
                 self.tokenizer,
@@ -187,6 +200,19 @@ class Engine:
         if self.config.prefix_cache == "off":
             return None
         return key.encode() if self.config.prefix_cache == "key" else b""
+
+    def compile_grammar(self, spec: GrammarSpec) -> None:
+        """Checks a grammar and keeps it, so that a request with it starts quickly; for any thread. Raises
+        InputError."""
+        if self._grammars is None:
+            raise InputError("grammars need a vocabulary, which this model file lacks")
+        self._grammars.compile(spec)
+
+    def _follow(self, spec: GrammarSpec | None, params: SamplingParams, setup: SamplingSetup) -> GrammarState | None:
+        if spec is None or self._grammars is None:
+            return None
+        barred = self._eos_ids if params.ignore_eos else ()
+        return self._grammars.start(spec, barred=barred, early=setup.suppress_ids, min_tokens=params.min_tokens)
 
     def _setup(self, ids: list[int], params: SamplingParams) -> SamplingSetup:
         suppress = set(params.stop_ids) | (set() if params.ignore_eos else set(self._eos_ids))
@@ -324,6 +350,7 @@ class Engine:
 
     def _deliver(self, output: StepOutput, now: float) -> list[Request | ScoreRequest]:
         news: dict[Request | ScoreRequest, None] = {}
+        following: dict[GrammarState, tuple[Request, Continuation]] = {}
         for update in self._scheduler.collect(output):
             owner = self._owners[update.sequence]
             if isinstance(owner, ScoreRequest):
@@ -337,11 +364,21 @@ class Engine:
             request.count_token(now)
             self.stats.generated_tokens += 1
             news[request] = None
-            if continuation.finish_reason is not None:
-                self._drop(update.sequence)
-                if request.finished:
-                    self._close_request(request, now)
+            if continuation.finish_reason is None and update.sequence.grammar is not None:
+                following[update.sequence.grammar] = request, continuation
+            self._close_ended(request, continuation, now)
+        if self._grammars is not None and following:
+            self._grammars.fill_masks(list(following))
+            for request, continuation in following.values():
+                continuation.end_with_grammar()
+                self._close_ended(request, continuation, now)
         return list(news)
+
+    def _close_ended(self, request: Request, continuation: Continuation, now: float) -> None:
+        if continuation.finish_reason is not None:
+            self._drop(continuation.sequence)
+            if request.finished:
+                self._close_request(request, now)
 
     def _count(self, step: StepInput, submitted: float, now: float) -> None:
         seconds = now - max(submitted, self._last_result)

@@ -8,14 +8,57 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from multitensor.engine.grammar import GrammarSpec, choice_grammar
 from multitensor.errors import InputError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM
 MAX_LOGPROBS = 1000
 MAX_SEQUENCES = 1024
+
+
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What a text must follow: exactly one of the first five. Raises InputError otherwise.
+
+    json: a JSON schema, as a mapping or as JSON text. regex: the whole text matches (Rust's syntax, no look-around).
+    choice: one of these texts. grammar: GBNF, or llguidance's Lark when it has a `start` rule. json_object: any JSON
+    object. whitespace_pattern: a regex of what may stand between the parts of JSON (default: up to 32 blanks);
+    disable_any_whitespace: nothing may.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = (self.json, self.regex, self.choice, self.grammar, self.json_object or None)
+        if sum(value is not None for value in wanted) != 1:
+            raise InputError("structured_outputs needs exactly one of json, regex, choice, grammar and json_object")
+        whitespace = self.disable_any_whitespace or self.whitespace_pattern is not None
+        if whitespace and self.json is None and not self.json_object:
+            raise InputError("whitespace_pattern and disable_any_whitespace go with json or json_object")
+        self.grammar_spec  # noqa: B018 (checks the value)
+
+    @property
+    def grammar_spec(self) -> GrammarSpec:
+        whitespace = "" if self.disable_any_whitespace else self.whitespace_pattern
+        if self.json is not None:
+            return GrammarSpec("json_schema", self.json, whitespace)
+        if self.regex is not None:
+            return GrammarSpec("regex", self.regex)
+        if self.choice is not None:
+            return choice_grammar(self.choice)
+        if self.grammar is not None:
+            return GrammarSpec("gbnf", self.grammar)
+        return GrammarSpec("json_object", whitespace=whitespace)
 
 
 @dataclass(frozen=True)
@@ -35,6 +78,8 @@ class SamplingParams:
     logprobs: k >= 0 gives log-probabilities of the chosen token and of the k best at every position, of the
     model's own distribution (before bias, penalties and temperature).
     logit_bias: token id -> number added to its logit.
+    structured_outputs: the text must follow a JSON schema, a regex or a grammar. It ends where nothing more can
+    follow, even before min_tokens; unless max_tokens or a stop ends it earlier it is complete.
     """
 
     n: int = 1
@@ -55,6 +100,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_SEQUENCES)

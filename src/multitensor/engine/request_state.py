@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Protocol
 
 from multitensor.engine.batch import TokenLogprobs
+from multitensor.engine.grammar import GrammarTokenizer
 from multitensor.engine.request import (
     CompletionOutput,
     Logprob,
@@ -25,13 +25,10 @@ class TextStream(Protocol):
     def flush(self) -> str: ...
 
 
-class Tokenizer(Protocol):
+class Tokenizer(GrammarTokenizer, Protocol):
     """What the engine needs of a tokenizer."""
 
-    @property
-    def eos_ids(self) -> Iterable[int]: ...
     def stream(self, *, skip_special: bool = True, continuation: bool = False) -> TextStream: ...
-    def token_bytes(self, token: int) -> bytes: ...
 
 
 class Continuation:
@@ -77,8 +74,26 @@ class Continuation:
             self.finish_reason, self.stop_reason = "stop", self._matcher.matched
         elif ends:
             self._end("stop", None if token in self._eos_ids else token)
+        elif self._followed_grammar(token):
+            self.end_with_grammar()
         elif len(self._token_ids) >= self.sequence.limit:
             self._end("length")
+
+    def _followed_grammar(self, token: int) -> bool:
+        """Tells the grammar of the token; whether that ends the text."""
+        grammar = self.sequence.grammar
+        if grammar is None:
+            return False
+        grammar.accept(token)
+        return grammar.finished or grammar.error is not None
+
+    def end_with_grammar(self) -> None:
+        """Ends the text if nothing may follow, or if its grammar cannot be followed (stop_reason then says why)."""
+        grammar = self.sequence.grammar
+        if grammar is not None and grammar.error is not None:
+            self._end("abort", grammar.error)
+        elif grammar is not None and grammar.finished:
+            self._end("stop")
 
     def abort(self) -> None:
         if self.finish_reason is None:

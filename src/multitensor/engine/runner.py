@@ -137,7 +137,7 @@ class ModelRunner:
             logits = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
             chosen = np.flatnonzero(step.sample)
             rows = logits if len(chosen) == len(logits) else logits[torch.from_numpy(chosen).to(self.device)]
-            return self._begun(step, chosen, *self.sampler.sample(rows, step.slots[chosen], step.uniforms[chosen]), {})
+            return self._begun(step, chosen, *self._sample_rows(step, rows, chosen), {})
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
@@ -201,7 +201,14 @@ class ModelRunner:
         if len(chosen) == 0:
             return chosen, torch.zeros(0, dtype=torch.int64, device=self.device), {}
         logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1)
-        return chosen, *self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen])
+        return chosen, *self._sample_rows(step, logits, chosen)
+
+    def _sample_rows(
+        self, step: StepInput, logits: torch.Tensor, chosen: np.ndarray
+    ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
+        """logits: one row for each of the sequences `chosen`."""
+        masks = {row: step.masks[int(number)] for row, number in enumerate(chosen) if int(number) in step.masks}
+        return self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen], masks)
 
     def _scores(self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, list[Score]]:
         """Log-probabilities at every position of the scored sequences, a bounded number of rows at a time."""

@@ -1,7 +1,8 @@
 """Logits to tokens on one rank, for all sequences of a step at once. Every rank does this with the same bits.
 
-The order is vLLM's: logit bias, suppression before min_tokens, penalties, temperature, min-p, top-k, top-p; then one
-uniform number a sequence goes through the inverse of the cumulative distribution over the vocabulary in id order.
+The order is vLLM's: a grammar's mask, logit bias, suppression before min_tokens, penalties, temperature, min-p, top-k,
+top-p; then one uniform number a sequence goes through the inverse of the cumulative distribution over the vocabulary in
+id order.
 
 What a row yields depends on that row alone, and on no order of summation: probabilities are summed as integers.
 A filter keeps *every* token that is as likely as the least likely one it keeps, so no tie is decided by a sort.
@@ -10,6 +11,8 @@ log-probabilities (and, on a CPU, a look whether top-p needs a full sort).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -58,17 +61,23 @@ class Sampler:
             self._history[slot, : len(setup.prompt_ids)] = self._to_device(setup.prompt_ids.astype(np.int32))
 
     def sample(
-        self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        uniforms: np.ndarray,
+        masks: Mapping[int, np.ndarray] | None = None,
     ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
         """logits: float32 [S, vocab], one row a sequence that samples now (left as they are). slots: [S], each at most
-        once. uniforms: float64 [S]. Returns (int64 [S] on the device, row number -> log-probabilities where asked)."""
+        once. uniforms: float64 [S]. masks: row -> what a grammar allows, as in StepInput; log-probabilities do not know
+        of them. Returns (int64 [S] on the device, row number -> log-probabilities where asked)."""
         if len(slots) == 0:
             return torch.zeros(0, dtype=torch.int64, device=self.device), {}
         logprobs: dict[int, TokenLogprobs] = {}
+        allowed = self._masked(logits, masks) if masks else logits
         if self._plain_greedy[slots].all():
-            ids = logits.argmax(-1)
+            ids = allowed.argmax(-1)
         else:
-            ids = torch.cat([self._choose(logits[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
+            ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
         self._remember(ids, slots)
         self.last_tokens[self._to_device(slots.astype(np.int64))] = ids
         for g in self._groups(len(slots)):
@@ -109,6 +118,16 @@ class Sampler:
         return self._parameters[self._to_device(slots.astype(np.int64)), _PARAMETERS.index(name)].unsqueeze(1)
 
     # --- logits ---
+
+    def _masked(self, logits: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
+        """A copy in which the rows that have masks are -inf where their bit is not set."""
+        rows = self._indices(list(masks))
+        octets = np.stack(list(masks.values())).astype("<u4", copy=False).view(np.uint8)
+        bits = self._to_device(octets).unsqueeze(-1) & self._to_device(np.left_shift(1, np.arange(8)).astype(np.uint8))
+        allowed = (bits != 0).flatten(1)[:, : logits.shape[-1]]
+        logits = logits.clone()
+        logits[rows] = logits[rows].masked_fill_(~allowed, -torch.inf)
+        return logits
 
     def _process(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """Bias, suppression and penalties; a copy when there are any."""

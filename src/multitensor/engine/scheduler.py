@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, Token
 from multitensor.engine.fair_queue import FairQueue
 from multitensor.engine.kv_cache import BlockHash, BlockManager, block_hash
 from multitensor.engine.uniforms import uniform
+
+if TYPE_CHECKING:
+    from multitensor.engine.grammar import GrammarState
 
 PositionScores = list[tuple[list[int], list[float], float | None]]
 
@@ -41,6 +45,7 @@ class Sequence:
     prompt_ids: at least one id. limit: output tokens it may have; len(prompt_ids) + limit is within context and pool.
     setup: sent to the ranks when the sequence gets a slot (its `slot` is filled in then). seed: of `derive_seed`.
     key: whose it is; keys take turns. salt: only sequences of the same salt share blocks; None: it shares none.
+    grammar: what it must follow, if anything; it is not scheduled a step ahead then.
     The rest belongs to the scheduler: `output_ids` are the tokens known so far, `pending` counts those under way,
     `computed` the tokens whose keys and values are in the cache, or will be when the steps under way have ended.
     """
@@ -52,6 +57,7 @@ class Sequence:
     score_top: int = 0
     key: str = ""
     salt: bytes | None = None
+    grammar: GrammarState | None = None
 
     output_ids: list[int] = field(default_factory=list)
     scores: PositionScores = field(default_factory=list)
@@ -73,6 +79,8 @@ class Sequence:
         """Tokens to compute now: the last token that the limit allows needs no computing."""
         if not self.score_top and len(self.output_ids) + self.pending >= self.limit:
             return 0
+        if self.grammar is not None and self.pending:
+            return 0  # what may follow depends on the token under way
         return self.total - self.computed
 
     def ids(self, start: int, stop: int) -> list[int]:
@@ -357,4 +365,9 @@ def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...
         score_top=np.array([chunk.sequence.score_top for chunk in chunks], np.int32),
         score_next=np.array(score_next, np.int32),
         setups=setups,
+        masks={
+            number: chunk.sequence.grammar.mask
+            for number, chunk in enumerate(chunks)
+            if chunk.samples and chunk.sequence.grammar is not None
+        },
     )
