@@ -3,9 +3,9 @@
     python benchmarks/capped_gpus.py --model /dev/shm/70b-f16.gguf --leave 80e9 --tp 2 --json result.json
 
 Another process holds the rest of each card with plain allocations, so the limit is real and not a setting of the
-allocator under test. Then the engine loads, generates greedily, and `verify` compares it with the whole model streamed a
-layer at a time; the greedy ids are compared with the whole model's own choices, position by position; and the memory a
-card uses, as the driver counts it, is compared with the plan.
+allocator under test. Then the engine loads, generates greedily, and `verify` compares it with the whole model streamed
+a layer at a time; the greedy ids are compared with the whole model's own choices, position by position; and the memory
+a card uses, as the driver counts it, is compared with the plan.
 """
 
 from __future__ import annotations
