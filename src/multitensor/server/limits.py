@@ -1,7 +1,9 @@
-"""What one API key may take: requests and tokens a minute, requests at once."""
+"""What one client may take: requests and tokens a minute, requests at once, bytes of a body, seconds of patience."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import math
 import threading
 import time
@@ -9,7 +11,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from multitensor.server.auth import Key
+
+DRAIN_SECONDS = 10.0  # a body that is too large is read, and dropped, for so long before the answer
 
 
 @dataclass(frozen=True)
@@ -124,3 +130,106 @@ class StreamLimiter:
             self._active[key.name] -= 1
             if self._active[key.name] <= 0:
                 del self._active[key.name]
+
+
+class BodyLimit:
+    """ASGI middleware: whole bodies, of a bounded size, that come in bounded time; else 413 or 408.
+
+    The body is read before the application sees the request, so no route can forget the limit.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int = 16 << 20, seconds: float = 30.0) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            async with asyncio.timeout(self._seconds):
+                body = await self._read(scope, receive)
+        except TimeoutError:
+            await _refuse(send, 408, f"the request body did not arrive within {self._seconds:g} s", "request_timeout")
+            return
+        except ConnectionResetError:
+            return
+        if body is None:
+            await _drain(receive)
+            message = f"the request body is larger than the {self._max_bytes} bytes that this server takes"
+            await _refuse(send, 413, message, "request_too_large")
+            return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return pending.pop() if pending else await receive()
+
+        await self._app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body; None as soon as it is known to be too large. Raises ConnectionResetError when the client leaves."""
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._max_bytes:
+            return None
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ConnectionResetError("the client left before its request was complete")
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._max_bytes:
+                return None
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+
+class SlowClientGuard:
+    """ASGI middleware: for a client that does not take what it is sent within `seconds`, sending raises
+    ConnectionResetError, as for one that left: its answer ends and frees its place. Others wait for nobody."""
+
+    def __init__(self, app: ASGIApp, seconds: float = 60.0) -> None:
+        self._app = app
+        self._seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_in_time(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ConnectionResetError(f"the client took nothing for {self._seconds:g} s") from None
+
+        await self._app(scope, receive, send_in_time)
+
+
+async def _drain(receive: Receive) -> None:
+    """Drops the rest of a body: a client that is still sending would meet a closed connection, not the answer."""
+    try:
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+async def _refuse(send: Send, status: int, message: str, code: str) -> None:
+    """An answer in OpenAI's shape, made here because no route has seen the request."""
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    body = json.dumps({"error": error}).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"connection", b"close"),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
