@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from multitensor.cli import audit, bench, inspect, keys, manifest, plan, pull, run, verify
+from multitensor.cli import audit, bench, inspect, keys, manifest, plan, pull, run, serve, verify
 from multitensor.cli.output import fail
 from multitensor.errors import MultitensorError
 
@@ -22,12 +22,14 @@ app = typer.Typer(
     [bold]multitensor pull smollm2-135m[/bold]            fetch a small model, print its path
     [bold]multitensor plan MODEL.gguf[/bold]              what fits, and how it is cut, before loading anything
     [bold]multitensor run MODEL.gguf -p "Hello"[/bold]    write text; without -p, chat in the terminal
+    [bold]multitensor serve MODEL.gguf[/bold]           OpenAI's API and a chat page on http://127.0.0.1:8000
     [bold]multitensor verify MODEL.gguf --tp 2[/bold]     does the split model compute the same as the whole one?
 
     MODEL is a .gguf file (any part of a split one) or a Hugging Face folder with safetensors.
     Exit codes: 0 done, 1 a check failed or a rank died, 2 bad input, 3 does not fit.""",
 )
 app.command("run")(run.command)
+app.command("serve")(serve.command)
 app.command("plan")(plan.command)
 app.command("verify")(verify.command)
 app.command("bench")(bench.command)

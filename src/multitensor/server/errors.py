@@ -7,16 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from multitensor.errors import InputError, MultitensorError, RankFailed
+from multitensor.errors import InputError, MultitensorError, Overloaded, RankFailed
+from multitensor.server.audit import AuditError
 
 logger = logging.getLogger("multitensor.server")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _MAX_MESSAGE = 600
+CLIENT_CLOSED = 499
+
+
+class HungUp(Exception):
+    """The client closed the connection; nobody is left to answer."""
 
 
 class ApiError(MultitensorError):
@@ -67,7 +73,11 @@ def to_api_error(error: BaseException) -> ApiError:
         logger.error("a rank failed: %s", error)
         message = "the model's process group failed and is being restarted; try again shortly"
         return ApiError(503, message, code="engine_failed", headers={"Retry-After": "5"})
-    if type(error).__name__ == "Overloaded":  # engine/async_engine.py's, by name: errors need no engine
+    if isinstance(error, AuditError):
+        logger.error("%s", error)
+        message = "the audit log cannot be written, and nothing is answered without a record of it"
+        return ApiError(503, message, code="audit_log_failed")
+    if isinstance(error, Overloaded):
         return ApiError(429, str(error), code="server_overloaded", headers={"Retry-After": "1"})
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
@@ -100,7 +110,9 @@ def _path(location: tuple[int | str, ...]) -> list[str]:
 def install(app: FastAPI) -> None:
     """Every error of every route in OpenAI's shape; also unknown paths and methods."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> Response:
+        if isinstance(error, HungUp):
+            return Response(status_code=CLIENT_CLOSED)
         found = to_api_error(error)
         if found.status == 404 and not isinstance(error, ApiError):
             found = ApiError(404, f"there is no {request.method} {request.url.path} here; see /docs")
@@ -108,5 +120,5 @@ def install(app: FastAPI) -> None:
             found = ApiError(405, f"{request.url.path} does not take {request.method}", headers=found.headers)
         return found.response()
 
-    for kind in (MultitensorError, ValidationError, HTTPException, Exception):
+    for kind in (HungUp, MultitensorError, ValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

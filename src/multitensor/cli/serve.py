@@ -1,0 +1,170 @@
+"""`multitensor serve`: the model behind OpenAI's HTTP API, for many people at once."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from multitensor.cli import options
+from multitensor.cli.output import loading_bar, warn
+
+if TYPE_CHECKING:
+    import socket
+
+    from multitensor.engine.async_engine import AsyncEngine
+    from multitensor.engine.engine import Engine
+    from multitensor.engine.executor import Progress
+    from multitensor.engine.prepare import Prepared
+    from multitensor.server.settings import ServerSettings
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"
+    JSON = "json"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def command(
+    model: options.Model,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="0 takes any free one.", min=0, max=65535)] = 8000,
+    tp: options.Tp = None,
+    devices: options.Devices = None,
+    ratio: options.Ratio = None,
+    ctx: options.Ctx = None,
+    parallel: Annotated[
+        int | None, typer.Option(help="Sequences in one step at most. Default: 32.", min=1, show_default=False)
+    ] = None,
+    dtype: options.Dtype = None,
+    kv_type: options.KvType = None,
+    seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model. Default: the file's name.", show_default=False)
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="A further name; may be repeated.", show_default=False)
+    ] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of keys, see `multitensor keys`. Default: none asked.", show_default=False)
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain (PEM).", show_default=False)] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).", show_default=False)] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option(help="Append who asked, when, how much, to this file.", show_default=False)
+    ] = None,
+    audit_content: Annotated[bool, typer.Option("--audit-content", help="Prompts and answers, too.")] = False,
+    max_streams: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 1024,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.", min=1)] = 512,
+    max_body_mib: Annotated[int, typer.Option(help="Largest request body, in MiB.", min=1)] = 16,
+    drain: Annotated[float, typer.Option(help="Seconds that answers get to end after SIGTERM.", min=0)] = 30.0,
+    log_format: Annotated[LogFormat, typer.Option(help="How logs on stderr look.")] = LogFormat.TEXT,
+    log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = LogLevel.WARNING,
+) -> None:
+    """Serve MODEL over HTTP: OpenAI's API under /v1, a chat page at /, documentation at /docs.
+
+    Without --api-keys everybody who can connect may ask; by default that is this machine only. SIGTERM and Ctrl-C let
+    the answers under way end; a second one does not wait.
+    """
+    from multitensor.engine.async_engine import AsyncEngine
+    from multitensor.server import logs, run
+    from multitensor.server.manifest import model_digest
+    from multitensor.server.settings import ServerSettings
+
+    settings = ServerSettings(
+        model_name=name or Path(model).name.removesuffix(".gguf"),
+        aliases=tuple(alias or ()),
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        audit_log=audit_log,
+        audit_content=audit_content,
+        model_digest=model_digest(model) if audit_log else "",
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        max_body_bytes=max_body_mib << 20,
+        max_streams=max_streams,
+        max_waiting=max_waiting,
+        drain_seconds=drain,
+    )
+    logs.set_up(log_format.value, log_level.value)
+    run.check_files(settings)
+    sock, settings = run.bind(settings)
+    prepared, open_engine = _opener(
+        model,
+        tensor_parallel_size=tp,
+        devices=devices,
+        ratio=ratio,
+        max_model_len=ctx,
+        max_num_seqs=parallel,
+        dtype=dtype,
+        kv_type=kv_type,
+        seed=seed,
+    )
+    for warning in prepared.plan.warnings:
+        warn(warning)
+    if not settings.loopback and api_keys is None:
+        warn(f"everybody who reaches {settings.url} may use this server; --api-keys FILE asks for a key")
+    # One loop for both: the engine belongs to the loop in which it was started.
+    with asyncio.Runner() as runner:
+        engine = AsyncEngine(open_engine, max_waiting=max_waiting)
+        runner.run(_serve(engine, settings, sock))
+
+
+def _opener(model: str, **wishes: Any) -> tuple[Prepared, Callable[[], Engine]]:
+    """As engine_opener; the first opening draws the progress bar, later ones (ranks that died) draw none."""
+    from multitensor.engine.open_engine import engine_opener
+
+    report: list[Progress | None] = [None]
+
+    def progress(done: int, total: int) -> None:
+        if report[0] is not None:
+            report[0](done, total)
+
+    prepared, open_engine = engine_opener(model, progress=progress, **wishes)
+
+    def opening() -> Engine:
+        with loading_bar() as bar:
+            report[0] = bar
+            try:
+                return open_engine()
+            finally:
+                report[0] = None
+
+    return prepared, opening
+
+
+async def _serve(engine: AsyncEngine, settings: ServerSettings, sock: socket.socket) -> None:
+    from multitensor.server import run
+
+    began = time.perf_counter()
+
+    def say_where() -> None:
+        devices = ", ".join(rank.device.name for rank in engine.plan.ranks)
+        seconds = time.perf_counter() - began
+        sys.stderr.write(
+            f"multitensor: {settings.model_name} on {devices}, context {engine.context}, ready after {seconds:.1f} s\n"
+            f"multitensor: serving at {settings.url} (API under /v1, chat at /, documentation at /docs)\n"
+        )
+        sys.stderr.flush()
+
+    try:
+        await engine.start()
+        await run.serve(engine, settings, sock, say_where)
+    finally:
+        sock.close()
+        await engine.stop()

@@ -1,0 +1,119 @@
+"""One HTTP request's prompts through the engine: started together, read as one stream, cancelled together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from multitensor.engine.request import RequestOutput, SamplingParams
+from multitensor.server.access import Record
+from multitensor.server.service import Service
+
+if TYPE_CHECKING:
+    from multitensor.engine.grammar import GrammarSpec
+    from multitensor.engine.request_stream import RequestStream
+
+
+class Generation:
+    """The engine's requests for `prompts`, one each. Use it as an async context manager: leaving it cancels what is
+    not finished. Raises what the engine raises at admission (InputError, Overloaded, RankFailed) on entering.
+
+    outputs: the latest of each prompt (None before its first token).
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        record: Record,
+        prompts: Sequence[list[int]],
+        params: SamplingParams,
+        grammar: GrammarSpec | None = None,
+    ) -> None:
+        self.prompts = prompts
+        self.outputs: list[RequestOutput | None] = [None] * len(prompts)
+        self._engine = service.engine
+        self.record = record
+        self._counts = [0] * len(prompts)
+        self._params = params
+        self._grammar = grammar
+        self._streams: list[RequestStream] = []
+
+    async def __aenter__(self) -> Generation:
+        try:
+            for ids in self.prompts:
+                self._streams.append(
+                    self._engine.generate(ids, self._params, key=self.record.key.name, grammar=self._grammar)
+                )
+            for stream in self._streams:
+                await stream.admitted()
+        except BaseException:
+            self.cancel()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.cancel()
+        answers = [choice for output in self.outputs if output is not None for choice in output.outputs]
+        self.record.content["answers"] = [choice.text or list(choice.token_ids) for choice in answers]
+        self.record.outcome = next((choice.finish_reason for choice in answers if choice.finish_reason), "")
+
+    def cancel(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
+
+    async def run(self) -> list[RequestOutput]:
+        """To the end; the last output of each prompt, whose deltas mean nothing then."""
+        async for _ in self.news():
+            pass
+        return [output for output in self.outputs if output is not None]
+
+    async def news(self) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """(number of the prompt, its output) as they come."""
+        if len(self._streams) == 1:
+            async for output in self._streams[0]:
+                self._note(0, output)
+                yield 0, output
+            return
+        waiting: dict[asyncio.Task[RequestOutput | None], int] = {}
+
+        def ask(number: int) -> None:
+            waiting[asyncio.ensure_future(_next(self._streams[number]))] = number
+
+        for number in range(len(self._streams)):
+            ask(number)
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    number, news = waiting.pop(task), task.result()
+                    if news is not None:
+                        self._note(number, news)
+                        yield number, news
+                        ask(number)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _note(self, number: int, output: RequestOutput) -> None:
+        self.outputs[number] = output
+        self._counts[number] = sum(len(choice.token_ids) for choice in output.outputs)
+        self.record.count_tokens(sum(self._counts))
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far."""
+        prompt = sum(map(len, self.prompts))
+        completion = sum(self._counts)
+        found = (output.metrics for output in self.outputs if output is not None)
+        cached = sum(getattr(metrics, "cached_tokens", 0) or 0 for metrics in found)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+async def _next(stream: RequestStream) -> RequestOutput | None:
+    return await anext(stream, None)

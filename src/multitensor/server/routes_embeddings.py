@@ -1,0 +1,62 @@
+"""POST /v1/embeddings: a text's vector, from the model's last hidden states."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import math
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+
+from multitensor.server.body import read_body
+from multitensor.server.errors import bad_request
+from multitensor.server.openapi import json_body
+from multitensor.server.routes_completions import prompt_ids
+from multitensor.server.schemas import EmbeddingRequest
+from multitensor.server.service import authorise, service_of
+from multitensor.server.sse import until_hang_up
+
+router = APIRouter(tags=["embeddings"], dependencies=[Depends(authorise)])
+
+
+@router.post("/v1/embeddings", openapi_extra=json_body(EmbeddingRequest))
+async def embeddings(request: Request) -> Response:
+    """A vector of length 1 for each input: the mean of the last hidden states (after the final norm) over the input's
+    tokens. Models that were made to write, not to embed, give vectors of modest use."""
+    service = service_of(request)
+    body = await read_body(request, EmbeddingRequest)
+    service.check_model(body.model)
+    service.check_ready()
+    size = service.engine.plan.spec.hidden_size
+    if body.dimensions is not None and body.dimensions != size:
+        raise bad_request(f"this model's embeddings have {size} dimensions, which cannot be changed", "dimensions")
+    prompts = await service.in_thread(prompt_ids, service, body.input, "input")
+    tokens = sum(map(len, prompts))
+    record = service.record(request, tokens, {"input": body.input})
+    async with service.access.admitted(record):
+        vectors = await until_hang_up(request, _all(service.engine, prompts))
+    as_text = body.encoding_format == "base64"
+    data = [
+        {"object": "embedding", "index": index, "embedding": _base64(vector) if as_text else vector}
+        for index, vector in enumerate(map(_unit, vectors))
+    ]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return JSONResponse({"object": "list", "data": data, "model": service.settings.model_name, "usage": usage})
+
+
+async def _all(engine: Any, prompts: Sequence[list[int]]) -> list[list[float]]:
+    return list(await asyncio.gather(*(engine.embed(ids) for ids in prompts)))
+
+
+def _unit(vector: Sequence[float]) -> list[float]:
+    length = math.sqrt(sum(value * value for value in vector)) or 1.0
+    return [value / length for value in vector]
+
+
+def _base64(vector: Sequence[float]) -> str:
+    """Little-endian float32, as OpenAI's client expects."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
