@@ -16,7 +16,7 @@ T = TypeVar("T", bound=Keyed)
 
 
 class FairQueue(Generic[T]):
-    """Iterates in the order in which `pop` would give. A key that has just had its turn, or is new, comes last."""
+    """Iterates in the order in which they are to be taken. A key that has just had its turn, or is new, comes last."""
 
     def __init__(self) -> None:
         self._first: deque[T] = deque()  # those that were running already; they hold slots, so they go before all
@@ -44,15 +44,6 @@ class FairQueue(Generic[T]):
         """Before all others, whatever their keys."""
         self._first.appendleft(item)
 
-    def pop(self) -> T:
-        if self._first:
-            return self._first.popleft()
-        key, queue = self._turns.popitem(last=False)
-        item = queue.popleft()
-        if queue:
-            self._turns[key] = queue
-        return item
-
     def remove(self, item: T) -> None:
         """ValueError when it is not there."""
         if item in self._first:
@@ -62,3 +53,10 @@ class FairQueue(Generic[T]):
         queue.remove(item)
         if not queue:
             del self._turns[item.key]
+
+    def take(self, item: T) -> None:
+        """Removes it because its turn has come: its key's others come after all other keys."""
+        in_turn = item not in self._first
+        self.remove(item)
+        if in_turn and item.key in self._turns:
+            self._turns.move_to_end(item.key)

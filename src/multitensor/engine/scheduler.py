@@ -68,6 +68,7 @@ class Sequence:
     last_step: int = -1
     finished: bool = False
     hashes: list[BlockHash] = field(default_factory=list)  # of its full blocks of known tokens, as far as needed yet
+    n_filled: int = 0  # blocks whose filling has been counted as ended
 
     @property
     def total(self) -> int:
@@ -82,6 +83,11 @@ class Sequence:
         if self.grammar is not None and self.pending:
             return 0  # what may follow depends on the token under way
         return self.total - self.computed
+
+    @property
+    def can_share(self) -> bool:
+        """Whether it may take over what others computed; not if something is wanted of each of its tokens."""
+        return self.salt is not None and not self.score_top
 
     def ids(self, start: int, stop: int) -> list[int]:
         """Token ids [start, stop); -1 for tokens under way."""
@@ -220,6 +226,7 @@ class Scheduler:
         """The blocks that the chunk filled can be found from now on. They are held until its step is counted as ended,
         even when the sequence has given them up since."""
         sequence, size = chunk.sequence, self.blocks.block_size
+        sequence.n_filled = max(sequence.n_filled, chunk.first_filled + len(chunk.fills))
         if sequence.salt is None or not chunk.fills:
             return
         known = (len(sequence.prompt_ids) + len(sequence.output_ids)) // size  # a cancelled one's last may never be
@@ -230,7 +237,7 @@ class Scheduler:
 
     def _known_blocks(self, sequence: Sequence) -> list[int]:
         """Blocks that hold its beginning already, the last token left out. It has no token under way."""
-        if sequence.salt is None or sequence.score_top:
+        if not sequence.can_share:
             return []
         size = self.blocks.block_size
         return self.blocks.find(sequence.block_hashes((sequence.total - 1) // size, size))
@@ -240,12 +247,18 @@ class Scheduler:
         all tokens it has are free, though it takes them chunk by chunk."""
         found: list[tuple[Sequence, int]] = []
         slots, free = len(self._free_slots), self.blocks.n_free
+        if not self.waiting or (slots == 0 and next(iter(self.waiting)).slot < 0):
+            return found
+        filling = {content for sequence in self.running for content in sequence.hashes[sequence.n_filled :]}
         for sequence in self.waiting:
             known = self._known_blocks(sequence) if not sequence.pending else []
+            if sequence.can_share and not filling.isdisjoint(sequence.hashes[len(known) : len(known) + 1]):
+                continue  # others compute just what it needs next: once they have, it takes it over
             slots -= sequence.slot < 0
             free -= self.blocks.blocks_for(sequence.total) - len(known) + self.blocks.n_idle(known)
             if sequence.pending or slots < 0 or free < 0:
                 break
+            filling.update(sequence.hashes[len(known) :])
             found.append((sequence, sequence.remaining - len(known) * self.blocks.block_size))
         return found
 
@@ -286,7 +299,7 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.push_first(sequence)
         self.blocks.release(sequence.table, sequence.last_step)
-        sequence.computed = 0
+        sequence.computed = sequence.n_filled = 0
 
     def _admit(self, newcomers: list[Sequence], sizes: dict[Sequence, int]) -> list[Chunk]:
         """Chunks of sequences that start, or start again (who must be computed again also knows all its tokens)."""
@@ -298,8 +311,7 @@ class Scheduler:
             size = sizes.get(sequence, 0)
             if size == 0 or needed + self.blocks.n_idle(known) > self.blocks.n_free - promised:
                 break
-            taken = self.waiting.pop()
-            assert taken is sequence
+            self.waiting.take(sequence)
             self.running.append(sequence)
             self.blocks.share(sequence.table, known)
             sequence.computed = len(known) * self.blocks.block_size
@@ -308,7 +320,7 @@ class Scheduler:
             if sequence.slot < 0:
                 sequence.slot = self._free_slots.pop()
                 self.started.append(sequence)
-                if sequence.salt is not None and not sequence.score_top:
+                if sequence.can_share:
                     self.prefix_queries += len(sequence.prompt_ids)
                     self.prefix_hits += sequence.computed
             chunks.append(self._chunk(sequence, size))
