@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import psutil
@@ -33,20 +34,35 @@ def nothing_left() -> Iterator[None]:
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def shares_only_nameless_memory(pid: int) -> bool:
-    """What a process maps from /dev/shm would outlive it; a memfd cannot."""
+def named_memory(pid: int) -> set[str]:
+    """What a process maps from /dev/shm, as "inode path" (an unlinked name ends in "(deleted)")."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {" ".join(line.split(maxsplit=5)[4:]) for line in lines if "/dev/shm/" in line}
+
+
+def shares_only_nameless_memory(pid: int, before: Set[str] = frozenset()) -> bool:
+    """What a process maps from /dev/shm would outlive it; a memfd cannot. before: what it had mapped already, such as
+    the semaphores of multiprocessing locks that other tests made."""
     maps = Path(f"/proc/{pid}/maps").read_text()
-    return "/memfd:multitensor-" in maps and "/dev/shm/" not in maps
+    return "/memfd:multitensor-" in maps and named_memory(pid) <= before
 
 
-def start(size: int, behaviour: str = "") -> ProcessExecutor:
+@pytest.fixture
+def executor(nothing_left: None) -> Iterator[ProcessExecutor]:
+    """Ended before `nothing_left` looks, also when the test's own assertions fail."""
     executor = ProcessExecutor(FACTORY)
+    yield executor
+    executor.close()
+
+
+def start(executor: ProcessExecutor, size: int, behaviour: str = "") -> None:
     executor.start(make_plan(size), make_config(behaviour))
-    return executor
 
 
-def test_steps_calls_progress_and_close() -> None:
-    executor = ProcessExecutor(FACTORY)
+def test_steps_calls_progress_and_close(executor: ProcessExecutor) -> None:
+    lock = multiprocessing.get_context("fork").Lock()  # maps a semaphore of /dev/shm, as tqdm's does in other tests
+    before = named_memory(os.getpid())
+    assert any("/dev/shm/sem." in name for name in before), lock
     progress: list[tuple[int, int]] = []
     executor.start(make_plan(2), make_config(), lambda done, total: progress.append((done, total)))
     assert progress[-1] == (201, 400)
@@ -63,7 +79,8 @@ def test_steps_calls_progress_and_close() -> None:
     assert executor.call("echo", value=large) == [(0, large), (1, large)]  # larger than the rings
     pids = executor.call("pid")
     assert len({os.getpid(), *pids}) == 3
-    assert all(shares_only_nameless_memory(pid) for pid in [os.getpid(), *pids])
+    assert shares_only_nameless_memory(os.getpid(), before)
+    assert all(shares_only_nameless_memory(pid) for pid in pids)
     begin = time.monotonic()
     executor.close()
     assert time.monotonic() - begin < 1.0
@@ -79,8 +96,8 @@ def _threads() -> int:
     return min(cores, 2 * int(asked)) if asked.isdigit() else cores
 
 
-def test_a_rank_killed_in_a_reduction_takes_all_down() -> None:
-    executor = start(2)
+def test_a_rank_killed_in_a_reduction_takes_all_down(executor: ProcessExecutor) -> None:
+    start(executor, 2)
     pids = executor.call("pid")
     killed = []
 
@@ -95,18 +112,16 @@ def test_a_rank_killed_in_a_reduction_takes_all_down() -> None:
     assert wait_gone(pids, 2.0) == []
     with pytest.raises(RankFailed, match="SIGKILL"):
         executor.collect()
-    executor.close()
 
 
-def test_an_exception_in_a_call_is_told_with_its_place() -> None:
-    executor = start(2)
+def test_an_exception_in_a_call_is_told_with_its_place(executor: ProcessExecutor) -> None:
+    start(executor, 2)
     pids = executor.call("pid")
     with pytest.raises(
         RankFailed, match=r"^rank 1 \(cpu:1\) failed: ValueError: this rank has had enough \(rank_fakes.py:\d+\)$"
     ):
         executor.call("fail", rank=1)
     assert wait_gone(pids, 2.0) == []
-    executor.close()
 
 
 @pytest.mark.parametrize(
@@ -123,15 +138,16 @@ def test_an_exception_in_a_call_is_told_with_its_place() -> None:
     ],
 )
 def test_a_failure_while_loading_keeps_its_type(
-    size: int, behaviour: str, kind: type[MultitensorError], message: str
+    executor: ProcessExecutor, size: int, behaviour: str, kind: type[MultitensorError], message: str
 ) -> None:
     with pytest.raises(kind, match=message) as caught:
-        start(size, behaviour)
+        start(executor, size, behaviour)
     assert type(caught.value) is kind
 
 
 def test_dropping_the_executor_ends_its_ranks() -> None:
-    executor = start(1)
+    executor = ProcessExecutor(FACTORY)
+    start(executor, 1)
     pids = executor.call("pid")
     del executor
     gc.collect()
