@@ -171,7 +171,7 @@ def test_chat_goes_through_the_template(llm: LLM, monkeypatch: pytest.MonkeyPatc
     assert [o.prompt_token_ids for o in llm.chat(one, GREEDY)] == [[39, 1, 2]]
     two = [one, [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]]
     assert [o.prompt_token_ids for o in llm.chat(two, GREEDY)] == [[39, 1, 2], [39, 3, 4]]
-    assert asked[0] == {"add_generation_prompt": True}
+    assert asked[0] == {"add_generation_prompt": True, "tools": None}
 
 
 def test_progress_tells_how_many_are_done(llm: LLM) -> None:
