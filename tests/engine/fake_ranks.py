@@ -40,6 +40,10 @@ def next_score(context: list[int], following: int, top: int) -> tuple[list[int],
     return best, [-float(k) for k in range(top)], after
 
 
+def hidden_state(context: list[int]) -> np.ndarray:
+    return np.array([digest("hidden", context, k) % 100 for k in range(6)], np.float32)
+
+
 def oracle(
     prompt: list[int], params: SamplingParams, *, context: int, engine_seed: int = 0, number: int = 0
 ) -> list[list[int]]:
@@ -147,6 +151,9 @@ class FakeExecutor:
                 next_score(context[: n_cached + i + 1], int(step.score_next[first + i]), int(step.score_top[row]))
                 for i in range(n_new)
             ]
+        if row in step.pooled:
+            vectors = [hidden_state(context[: n_cached + i + 1]) for i in range(n_new)]
+            output.sums[row] = np.sum(vectors, axis=0, dtype=np.float32)
         if step.sample[row]:
             setup = self.setups[slot]
             token = next_token(context, None if setup.temperature == 0 else float(step.uniforms[row]))

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import numpy as np
 import pytest
-from fake_ranks import FakeExecutor, make_engine, oracle
+from fake_ranks import FakeExecutor, hidden_state, make_engine, oracle
 
 from multitensor.engine.async_engine import AsyncEngine
 from multitensor.engine.engine import Engine
@@ -248,3 +249,27 @@ def test_calls_between_steps() -> None:
         assert (await read(stream))[-1].finished
 
     run(test, Opener())
+
+
+def test_embeddings_beside_streams() -> None:
+    async def test(engine: AsyncEngine, opener: Opener) -> None:
+        stream = engine.generate([1, 2], LONG)
+        await anext(stream)
+        texts = [[i + 1] * (i + 3) for i in range(9)]
+        for ids, vector in zip(texts, await asyncio.gather(*map(engine.embed, texts)), strict=True):
+            total = np.sum([hidden_state(ids[: i + 1]) for i in range(len(ids))], axis=0, dtype=np.float64)
+            assert np.allclose(vector, total / np.linalg.norm(total))
+        with pytest.raises(InputError):
+            await engine.embed([1000])
+        task = asyncio.create_task(engine.embed([3] * 3000))
+        await until(lambda: bool(engine._embedding))
+        task.cancel()
+        await until(lambda: not engine._embedding and engine.stats().running == 1)
+        task = asyncio.create_task(engine.embed([3] * 3000))
+        await until(lambda: bool(engine._embedding))
+        opener.executors[0].fail_at = len(opener.executors[0].steps) + 1
+        with pytest.raises(RankFailed, match="killed"):
+            await task
+        await until(lambda: not engine._embedding)
+
+    run(test, Opener(seconds=0.002, context=4000, n_blocks=2000), max_waiting=4, backoff=0.05)

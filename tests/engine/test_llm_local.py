@@ -11,7 +11,7 @@ import pytest
 from multitensor import LLM, SamplingParams
 from multitensor.engine.local_executor import LocalExecutor
 from multitensor.engine.prepare import prepare
-from synthetic import write_gguf
+from synthetic import tiny_hf, write_gguf
 
 PROMPTS = [[1, 5, 9, 200, 31], [7] * 23, [11, 250, 3], list(range(40, 80))]
 
@@ -96,3 +96,18 @@ def test_cancelling_midway_leaves_others_alone(llm: LLM) -> None:
     doomed.close()
     *_, last = kept
     assert last.outputs[0].token_ids == wanted
+
+
+def test_embeddings_are_those_of_transformers(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    path = tiny_hf(tmp_path / "tiny", vocab=256)
+    whole = transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with open_local(path, max_batch_tokens=16, max_num_seqs=2) as llm:
+        engine = llm._engine
+        requests = [engine.add_embed(prompt) for prompt in PROMPTS]
+        engine.run(requests)
+    for prompt, request in zip(PROMPTS, requests, strict=True):
+        with torch.no_grad():
+            mean = whole.model(torch.tensor([prompt])).last_hidden_state[0].mean(0)
+        assert request.vector() == pytest.approx((mean / mean.norm()).tolist(), abs=1e-5)

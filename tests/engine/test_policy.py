@@ -9,6 +9,7 @@ import pytest
 from fake_ranks import VOCAB, make_engine, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_scheduler import check_blocks, check_nothing_leaked
 
 from multitensor.engine.engine import Engine
 from multitensor.engine.fair_queue import FairQueue
@@ -16,7 +17,6 @@ from multitensor.engine.kv_cache import BlockManager, block_hash
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.request_state import Request
 from multitensor.engine.scheduler import Sequence, _shares
-from test_scheduler import check_blocks, check_nothing_leaked
 
 
 def greedy(tokens: int | None, n: int = 1) -> SamplingParams:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fake_ranks import EOS, VOCAB, make_engine, next_score, oracle
+import numpy as np
+from fake_ranks import EOS, VOCAB, hidden_state, make_engine, next_score, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -150,6 +151,26 @@ def test_scores_cover_every_position_once_whatever_the_chunks(
             following = ids[i + 1] if i + 1 < len(ids) else -1
             assert (score.top_ids, score.top_logprobs, score.next_logprob) == next_score(ids[: i + 1], following, top)
         assert scores[-1].next_logprob is None
+    check_nothing_leaked(engine)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=CONTEXT), min_size=1, max_size=4),
+    sizes=SIZES,
+    twice=st.booleans(),
+)
+def test_embeddings_are_of_every_position_once_whatever_the_chunks(
+    texts: list[list[int]], sizes: dict, twice: bool
+) -> None:
+    n_blocks = -(-CONTEXT // sizes["block_size"]) + sizes.pop("extra_blocks")
+    engine, _ = make_engine(context=CONTEXT, n_blocks=n_blocks, **sizes)
+    others = [engine.add_request([5], SamplingParams(max_tokens=None, ignore_eos=True))]
+    requests = [engine.add_embed(ids) for ids in texts * (1 + twice)]
+    engine.run([*others, *requests])
+    for ids, request in zip(texts * (1 + twice), requests, strict=True):
+        mean = np.mean([hidden_state(ids[: i + 1]) for i in range(len(ids))], axis=0, dtype=np.float64)
+        assert np.allclose(request.vector(), mean / np.linalg.norm(mean), rtol=1e-6)
     check_nothing_leaked(engine)
 
 

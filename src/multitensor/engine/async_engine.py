@@ -21,7 +21,7 @@ from typing import Any
 from multitensor.config import EngineConfig
 from multitensor.engine.engine import Engine
 from multitensor.engine.request import RequestOutput, SamplingParams
-from multitensor.engine.request_state import Request
+from multitensor.engine.request_state import EmbedRequest, Request
 from multitensor.engine.request_stream import RequestChannel, RequestStream
 from multitensor.errors import Overloaded, RankFailed
 from multitensor.sharding.plan import Plan
@@ -103,6 +103,8 @@ class AsyncEngine:
         self._thread: threading.Thread | None = None
         self._channels: set[RequestChannel] = set()  # the event loop's; those that have not ended
         self._served: dict[Request, RequestChannel] = {}  # the thread's
+        self._embedding: dict[EmbedRequest, asyncio.Future[list[float]]] = {}  # the thread's
+        self._embeds = asyncio.Semaphore(max_waiting)
         self._calls: set[asyncio.Future[Any]] = set()
         self._draining = False
         self._abandon = threading.Event()
@@ -198,17 +200,40 @@ class AsyncEngine:
         self._commands.put(_Command(add, lambda error: self._post(self._fail, [channel], error)))
         return RequestStream(channel, self._cancel)
 
+    async def embed(self, ids: SequenceOf[int], *, key: str = "") -> list[float]:
+        """The mean of the text's last hidden states, of length 1; [hidden]. At most max_waiting are queued at once, the
+        others wait here. Raises InputError, Overloaded, RankFailed."""
+        async with self._embeds:
+            self._require_ready()
+            checked = self._known.check_prompt(ids, room=0)
+            assert self._loop is not None
+            future: asyncio.Future[list[float]] = self._loop.create_future()
+            added: list[EmbedRequest] = []
+
+            def add(engine: Engine) -> None:
+                added.append(engine.add_embed(checked, key=key))
+                self._embedding[added[0]] = future
+
+            def cancel(engine: Engine) -> None:
+                if added and self._embedding.pop(added[0], None) is not None:
+                    engine.cancel(added[0])
+
+            return await self._answer(future, add, cancel)
+
     async def memory(self) -> list[dict[str, int]]:
         """Bytes that each rank holds, measured between steps."""
         measured = await self._between_steps(lambda engine: engine.call("memory"))
         self._memory = tuple(measured)
         return list(measured)
 
-    def _admit(self, key: str) -> None:
+    def _require_ready(self) -> None:
         if self._draining:
             raise Overloaded("the server is shutting down; ask again later")
         if self._engine is None:
             raise RankFailed(self.failure or "the model is not ready")
+
+    def _admit(self, key: str) -> None:
+        self._require_ready()
         waiting = [channel for channel in self._channels if channel.waiting]
         if len(waiting) >= self.max_waiting:
             raise Overloaded(f"{len(waiting)} requests wait already; ask again later")
@@ -232,8 +257,7 @@ class AsyncEngine:
 
     async def _between_steps(self, work: Callable[[Engine], Any]) -> Any:
         """Runs it in the engine's thread."""
-        if self._engine is None or self._draining:
-            raise RankFailed(self.failure or "the model is not ready")
+        self._require_ready()
         assert self._loop is not None
         future: asyncio.Future[Any] = self._loop.create_future()
 
@@ -241,10 +265,19 @@ class AsyncEngine:
             result = work(engine)
             self._post(_resolve, future, result)
 
+        return await self._answer(future, run, lambda engine: None)
+
+    async def _answer(
+        self, future: asyncio.Future[Any], run: Callable[[Engine], None], cancel: Callable[[Engine], None]
+    ) -> Any:
+        """Has the engine's thread run what resolves the future sooner or later, and cancel it if nobody waits."""
         self._calls.add(future)
         try:
             self._commands.put(_Command(run, lambda error: self._post(_reject, future, error)))
             return await future
+        except asyncio.CancelledError:
+            self._commands.put(_Command(cancel, lambda error: None))
+            raise
         finally:
             self._calls.discard(future)
 
@@ -342,6 +375,10 @@ class AsyncEngine:
     def _deliver(self, requests: list[Any]) -> None:
         news: News = []
         for request in requests:
+            if isinstance(request, EmbedRequest):
+                if request.finished and request in self._embedding:
+                    self._post(_resolve, self._embedding.pop(request), request.vector())
+                continue
             channel = self._served.get(request)
             if channel is not None:
                 news.append((channel, request.output()))
@@ -357,6 +394,9 @@ class AsyncEngine:
             self._past[name] += getattr(engine.stats, name)
         self._post(self._fail, list(self._served.values()), error)
         self._served = {}
+        for future in self._embedding.values():
+            self._post(_reject, future, RankFailed(str(error)))
+        self._embedding = {}
         for command in self._take(wait=False):
             command.refuse(error)
         engine.close()

@@ -44,6 +44,7 @@ class StepInput:
     follows, from score_next int32 [T], -1 for none); 0: none.
     masks: sequence number -> uint32 [vocabulary / 32 rounded up], for sequences with a grammar that sample: only tokens
     whose bit is set (bit i of word w: token 32 w + i) may be sampled.
+    pooled: numbers of the sequences whose hidden states are wanted, summed over their query positions.
     """
 
     step: int
@@ -58,6 +59,7 @@ class StepInput:
     score_next: np.ndarray
     setups: tuple[SamplingSetup, ...] = ()
     masks: dict[int, np.ndarray] = field(default_factory=dict)
+    pooled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,12 @@ class TokenLogprobs:
 @dataclass(frozen=True)
 class StepOutput:
     """token_ids int32 [S]: -1 where nothing was sampled. logprobs: by sequence number in the step.
-    scores: sequence number -> one (top_ids, top_logprobs, next_logprob or None) a query position."""
+    scores: sequence number -> one (top_ids, top_logprobs, next_logprob or None) a query position.
+    sums: sequence number -> float32 [hidden], the sum of the last hidden states (after the last norm) over its query
+    positions."""
 
     step: int
     token_ids: np.ndarray
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     scores: dict[int, list[tuple[list[int], list[float], float | None]]] = field(default_factory=dict)
+    sums: dict[int, np.ndarray] = field(default_factory=dict)

@@ -15,11 +15,20 @@ from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
 from multitensor.engine.executor import Executor
 from multitensor.engine.grammar import GrammarCompiler, GrammarSpec, GrammarState
 from multitensor.engine.request import RequestMetrics, SamplingParams
-from multitensor.engine.request_state import Continuation, Request, ScoreRequest, Tokenizer
+from multitensor.engine.request_state import (
+    Continuation,
+    EmbedRequest,
+    ReadRequest,
+    Request,
+    ScoreRequest,
+    Tokenizer,
+)
 from multitensor.engine.scheduler import Scheduler, Sequence
 from multitensor.engine.uniforms import derive_seed
 from multitensor.errors import InputError, RankFailed
 from multitensor.sharding.plan import Plan
+
+_READING = SamplingParams(temperature=0.0)
 
 
 @dataclass
@@ -82,11 +91,11 @@ class Engine:
         self._seed = config.seed
         self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
         self._grammars = GrammarCompiler(tokenizer, plan.spec.vocab_size) if tokenizer else None
-        self._owners: dict[Sequence, tuple[Request, Continuation] | ScoreRequest] = {}
+        self._owners: dict[Sequence, tuple[Request, Continuation] | ReadRequest] = {}
         self._requests: dict[str, Request] = {}
         self._n_requests = 0
         self._submitted: list[tuple[StepInput, float]] = []
-        self._untold: dict[Request | ScoreRequest, None] = {}  # news that came while a call waited for its turn
+        self._untold: dict[Request | ReadRequest, None] = {}  # news that came while a call waited for its turn
         self._last_result = 0.0
         self._failure: RankFailed | None = None
 
@@ -188,12 +197,21 @@ class Engine:
         vocab_size = self.plan.spec.vocab_size
         if not 1 <= top <= vocab_size:
             raise InputError(f"top must be between 1 and the vocabulary's {vocab_size}, not {top}")
-        request = ScoreRequest(
-            Sequence(checked, 0, self._setup(checked, SamplingParams(temperature=0.0)), score_top=top)
-        )
+        request = ScoreRequest(Sequence(checked, 0, self._setup(checked, _READING), score_top=top))
+        self._add_read(request)
+        return request
+
+    def add_embed(self, ids: SequenceOf[int], *, key: str = "") -> EmbedRequest:
+        """Queues a text of which one vector is wanted. key: whose it is; keys take turns."""
+        self._raise_failure()
+        checked = self.check_prompt(ids, room=0)
+        request = EmbedRequest(Sequence(checked, 0, self._setup(checked, _READING), pooled=True, key=key))
+        self._add_read(request)
+        return request
+
+    def _add_read(self, request: ReadRequest) -> None:
         self._owners[request.sequence] = request
         self._scheduler.add(request.sequence)
-        return request
 
     def _salt(self, key: str) -> bytes | None:
         """Which requests may share what they have computed of their beginnings."""
@@ -232,9 +250,9 @@ class Engine:
             suppress_ids=tuple(sorted(suppress)) if params.min_tokens > 0 else (),
         )
 
-    def cancel(self, request: Request | ScoreRequest) -> None:
+    def cancel(self, request: Request | ReadRequest) -> None:
         """Ends it now; what is under way for it is dropped when it arrives. Does nothing to a finished one."""
-        if isinstance(request, ScoreRequest):
+        if isinstance(request, ReadRequest):
             self._drop(request.sequence)
             return
         for continuation in request.continuations:
@@ -264,7 +282,7 @@ class Engine:
         size = blocks.block_size
         return EngineLoad(len(scheduler.running), len(scheduler.waiting), used * size, blocks.n_blocks * size)
 
-    def step(self) -> list[Request | ScoreRequest]:
+    def step(self) -> list[Request | ReadRequest]:
         """Submits the next step, then waits for the one before it. Returns the requests that have news; an empty
         list when a step was only submitted."""
         self._raise_failure()
@@ -290,7 +308,7 @@ class Engine:
             raise
 
     def run(
-        self, requests: SequenceOf[Request | ScoreRequest], progress: Callable[[int, int], None] | None = None
+        self, requests: SequenceOf[Request | ReadRequest], progress: Callable[[int, int], None] | None = None
     ) -> None:
         """Steps until all of these are finished; cancels what is not when it is interrupted.
         progress: called with how many are finished, of how many, when that changes."""
@@ -342,18 +360,18 @@ class Engine:
             if isinstance(owner, tuple) and owner[0].metrics.first_scheduled_time is None:
                 owner[0].metrics.first_scheduled_time = now
 
-    def _collect(self) -> list[Request | ScoreRequest]:
+    def _collect(self) -> list[Request | ReadRequest]:
         output = self._executor.collect()
         now = time.perf_counter()
         self._count(*self._submitted.pop(0), now)
         return self._deliver(output, now)
 
-    def _deliver(self, output: StepOutput, now: float) -> list[Request | ScoreRequest]:
-        news: dict[Request | ScoreRequest, None] = {}
+    def _deliver(self, output: StepOutput, now: float) -> list[Request | ReadRequest]:
+        news: dict[Request | ReadRequest, None] = {}
         following: dict[GrammarState, tuple[Request, Continuation]] = {}
         for update in self._scheduler.collect(output):
             owner = self._owners[update.sequence]
-            if isinstance(owner, ScoreRequest):
+            if isinstance(owner, ReadRequest):
                 if owner.finished:
                     self._drop(owner.sequence)
                 news[owner] = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from multitensor.engine.batch import TokenLogprobs
 from multitensor.engine.grammar import GrammarTokenizer
 from multitensor.engine.request import (
@@ -180,11 +182,34 @@ class Request:
         metrics.last_token_time = now
 
 
-class ScoreRequest:
-    """A text to be scored. Made by `Engine.add_score`."""
+class ReadRequest:
+    """A text that is only read."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
+
+    @property
+    def finished(self) -> bool:
+        raise NotImplementedError
+
+
+class EmbedRequest(ReadRequest):
+    """A text to be embedded. Made by `Engine.add_embed`."""
+
+    @property
+    def finished(self) -> bool:
+        return self.sequence.n_summed == len(self.sequence.prompt_ids)
+
+    def vector(self) -> list[float]:
+        """Mean of the last hidden states over all tokens, of length 1; [hidden]."""
+        total = np.sum(np.stack(self.sequence.sums).astype(np.float64), axis=0)
+        length = float(np.linalg.norm(total))
+        values: list[float] = (total / length if length > 0 else total).tolist()
+        return values
+
+
+class ScoreRequest(ReadRequest):
+    """A text to be scored. Made by `Engine.add_score`."""
 
     @property
     def finished(self) -> bool:

@@ -45,12 +45,22 @@ class BegunStep:
     copied: torch.cuda.Event | None
     logprobs: dict[int, TokenLogprobs]
     scores: dict[int, list[Score]]
+    sums: dict[int, np.ndarray]
 
 
 def _is_small_decode(step: StepInput) -> bool:
     """One new token each for few sequences, and nothing but logits wanted of it."""
     few = len(step.query_lens) <= MAX_GRAPH_SEQUENCES
-    return few and bool((step.query_lens == 1).all()) and not step.score_top.any() and bool(step.sample.any())
+    plain = not step.score_top.any() and not step.pooled
+    return few and plain and bool((step.query_lens == 1).all()) and bool(step.sample.any())
+
+
+def _sums(step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, np.ndarray]:
+    """Float32 sums over positions of the sequences that are pooled; waits for the device if there are any."""
+    return {
+        number: hidden[starts[number] : starts[number] + step.query_lens[number]].float().sum(0).cpu().numpy()
+        for number in step.pooled
+    }
 
 
 class ModelRunner:
@@ -137,14 +147,14 @@ class ModelRunner:
             logits = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
             chosen = np.flatnonzero(step.sample)
             rows = logits if len(chosen) == len(logits) else logits[torch.from_numpy(chosen).to(self.device)]
-            return self._begun(step, chosen, *self._sample_rows(step, rows, chosen), {})
+            return self._begun(step, chosen, *self._sample_rows(step, rows, chosen), {}, {})
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
         hidden = self.decoder.forward(self._token_ids(step), inputs, self.caches)
         starts = np.asarray(inputs.query_starts)
         sampled = self._sample(step, hidden, starts)
-        return self._begun(step, *sampled, self._scores(step, hidden, starts))
+        return self._begun(step, *sampled, self._scores(step, hidden, starts), _sums(step, hidden, starts))
 
     def is_done(self, begun: BegunStep) -> bool:
         """Whether `finish` would return without waiting."""
@@ -156,7 +166,7 @@ class ModelRunner:
             begun.copied.synchronize()
         token_ids = np.full(begun.sequences, -1, dtype=np.int64)
         token_ids[begun.chosen] = begun.ids.numpy()
-        return StepOutput(begun.step, token_ids, begun.logprobs, begun.scores)
+        return StepOutput(begun.step, token_ids, begun.logprobs, begun.scores, begun.sums)
 
     def _begun(
         self,
@@ -165,6 +175,7 @@ class ModelRunner:
         ids: torch.Tensor,
         logprobs: dict[int, TokenLogprobs],
         scores: dict[int, list[Score]],
+        sums: dict[int, np.ndarray],
     ) -> BegunStep:
         """ids: int64 on the device, of the sequences `chosen`; logprobs by row of ids."""
         copied = None
@@ -175,7 +186,7 @@ class ModelRunner:
             copied.record()
             ids = host
         by_sequence = {int(chosen[row]): value for row, value in logprobs.items()}
-        return BegunStep(step.step, len(step.slots), chosen, ids, copied, by_sequence, scores)
+        return BegunStep(step.step, len(step.slots), chosen, ids, copied, by_sequence, scores, sums)
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""

@@ -40,7 +40,7 @@ PositionScores = list[tuple[list[int], list[float], float | None]]
 
 @dataclass(eq=False)
 class Sequence:
-    """One text in the making, or one to be scored (score_top >= 1: then nothing is sampled).
+    """One text in the making, or one that is only read: to be scored (score_top >= 1) or to be pooled.
 
     prompt_ids: at least one id. limit: output tokens it may have; len(prompt_ids) + limit is within context and pool.
     setup: sent to the ranks when the sequence gets a slot (its `slot` is filled in then). seed: of `derive_seed`.
@@ -55,12 +55,16 @@ class Sequence:
     setup: SamplingSetup | None = None
     seed: int = 0
     score_top: int = 0
+    pooled: bool = False
     key: str = ""
     salt: bytes | None = None
     grammar: GrammarState | None = None
 
     output_ids: list[int] = field(default_factory=list)
     scores: PositionScores = field(default_factory=list)
+    sums: list[np.ndarray] = field(default_factory=list)  # one a chunk
+    n_summed: int = 0  # tokens that they are of
+    lives: int = 0  # how often it was preempted
     pending: int = 0
     computed: int = 0
     table: list[int] = field(default_factory=list)
@@ -71,6 +75,11 @@ class Sequence:
     n_filled: int = 0  # blocks whose filling has been counted as ended
 
     @property
+    def is_read(self) -> bool:
+        """Nothing is sampled."""
+        return self.pooled or self.score_top > 0
+
+    @property
     def total(self) -> int:
         """Tokens it has, those under way included."""
         return len(self.prompt_ids) + len(self.output_ids) + self.pending
@@ -78,7 +87,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens to compute now: the last token that the limit allows needs no computing."""
-        if not self.score_top and len(self.output_ids) + self.pending >= self.limit:
+        if not self.is_read and len(self.output_ids) + self.pending >= self.limit:
             return 0
         if self.grammar is not None and self.pending:
             return 0  # what may follow depends on the token under way
@@ -87,7 +96,7 @@ class Sequence:
     @property
     def can_share(self) -> bool:
         """Whether it may take over what others computed; not if something is wanted of each of its tokens."""
-        return self.salt is not None and not self.score_top
+        return self.salt is not None and not self.is_read
 
     def ids(self, start: int, stop: int) -> list[int]:
         """Token ids [start, stop); -1 for tokens under way."""
@@ -115,11 +124,13 @@ class Chunk:
     samples: bool
     first_filled: int
     fills: list[int]
+    life: int  # of the sequence: what it asked for before a preemption is answered again
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a step's end brought for one sequence: a token (with its log-probabilities, if asked), or scores."""
+    """What a step's end brought for one sequence: a token (with its log-probabilities, if asked), or
+    news of a text that is read."""
 
     sequence: Sequence
     token: int | None
@@ -221,6 +232,10 @@ class Scheduler:
                 # After a preemption positions come twice; the first answer stays.
                 sequence.scores += output.scores[number][len(sequence.scores) - chunk.start :]
                 yield Update(sequence, None)
+            elif sequence.pooled and chunk.life == sequence.lives:
+                sequence.sums.append(output.sums[number])
+                sequence.n_summed += chunk.size
+                yield Update(sequence, None)
 
     def _remember(self, chunk: Chunk) -> None:
         """The blocks that the chunk filled can be found from now on. They are held until its step is counted as ended,
@@ -299,7 +314,9 @@ class Scheduler:
         self.running.remove(sequence)
         self.waiting.push_first(sequence)
         self.blocks.release(sequence.table, sequence.last_step)
-        sequence.computed = sequence.n_filled = 0
+        sequence.computed = sequence.n_filled = sequence.n_summed = 0
+        sequence.sums.clear()
+        sequence.lives += 1
 
     def _admit(self, newcomers: list[Sequence], sizes: dict[Sequence, int]) -> list[Chunk]:
         """Chunks of sequences that start, or start again (who must be computed again also knows all its tokens)."""
@@ -329,8 +346,8 @@ class Scheduler:
     def _chunk(self, sequence: Sequence, size: int) -> Chunk:
         start, stop = sequence.computed, sequence.computed + size
         first, last = start // self.blocks.block_size, stop // self.blocks.block_size
-        samples = not sequence.score_top and stop == sequence.total
-        return Chunk(sequence, start, size, samples, first, sequence.table[first:last])
+        samples = not sequence.is_read and stop == sequence.total
+        return Chunk(sequence, start, size, samples, first, sequence.table[first:last], sequence.lives)
 
 
 def _shares(
@@ -377,6 +394,7 @@ def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...
         score_top=np.array([chunk.sequence.score_top for chunk in chunks], np.int32),
         score_next=np.array(score_next, np.int32),
         setups=setups,
+        pooled=tuple(number for number, chunk in enumerate(chunks) if chunk.sequence.pooled),
         masks={
             number: chunk.sequence.grammar.mask
             for number, chunk in enumerate(chunks)
