@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import html
 import json
-from typing import Any, Literal
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from multitensor.server import schemas
+
+BODIES = (
+    schemas.ChatRequest,
+    schemas.CompletionRequest,
+    schemas.EmbeddingRequest,
+    schemas.TokenizeRequest,
+    schemas.DetokenizeRequest,
+)
 _REFERENCE = "#/components/schemas/{model}"
 _ERROR = {
     "type": "object",
@@ -39,7 +48,6 @@ def json_body(model: type[BaseModel]) -> dict[str, Any]:
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": reference}}},
         "responses": {status: {"description": text, "content": failure} for status, text in statuses.items()},
-        "x-body": model,
     }
 
 
@@ -56,17 +64,15 @@ def install(app: FastAPI) -> None:
 
 def _document(app: FastAPI) -> dict[str, Any]:
     found = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    models: list[tuple[type[BaseModel], Literal["validation", "serialization"]]] = []
     for path in found["paths"].values():
         for operation in path.values():
-            model = operation.pop("x-body", None)
-            if model is not None:
-                models.append((model, "validation"))
-            operation.get("responses", {}).pop("422", None)
-    _, definitions = models_json_schema(models, ref_template=_REFERENCE)
-    schemas = found.setdefault("components", {}).setdefault("schemas", {})
-    schemas.update(definitions.get("$defs", {}))
-    schemas["Error"] = _ERROR
+            operation.get("responses", {}).pop("422", None)  # what is wrong is answered with 400
+    _, definitions = models_json_schema([(body, "validation") for body in BODIES], ref_template=_REFERENCE)
+    components = found.setdefault("components", {}).setdefault("schemas", {})
+    components.update(definitions.get("$defs", {}))
+    components["Error"] = _ERROR
+    for unused in ("HTTPValidationError", "ValidationError"):
+        components.pop(unused, None)
     found["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     return found
 
