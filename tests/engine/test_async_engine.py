@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_streams_give_everything_once_and_in_order() -> None:
             assert "".join(output.delta for output in outputs) == final.text
             assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
         stats = engine.stats()
+        assert not engine.given_up
         assert (stats.running, stats.waiting, stats.kv_used, stats.kv_total) == (0, 0, 0, 256)
         assert stats.generated_tokens == 12 * 20 and stats.tokens_per_second > 0 and stats.ready
 
@@ -202,6 +204,7 @@ def test_it_gives_up_when_the_ranks_cannot_be_started_again() -> None:
         opener.failures = [RankFailed(f"gone {i}") for i in range(10)]
         opener.executors[0].lost = True
         await until(lambda: not engine._thread.is_alive())  # type: ignore[union-attr]
+        assert engine.given_up
         assert len(opener.failures) == 7 and engine.failure == "gone 2" and not engine.ready
         with pytest.raises(RankFailed, match="gone 2"):
             engine.generate([1], GREEDY)
@@ -273,3 +276,34 @@ def test_embeddings_beside_streams() -> None:
         await until(lambda: not engine._embedding)
 
     run(test, Opener(seconds=0.002, context=4000, n_blocks=2000), max_waiting=4, backoff=0.05)
+
+
+def test_a_crowd_of_which_half_hangs_up_loses_and_crosses_nothing() -> None:
+    async def test(engine: AsyncEngine, opener: Opener) -> None:
+        random = Random(5)
+        common = [3] * 9
+
+        async def one(number: int) -> bool:
+            prompt = [*common[: random.randrange(9)], number % 30 + 1, number // 30 + 1]
+            params = SamplingParams(temperature=0.0, max_tokens=random.randrange(4, 24), ignore_eos=True)
+            leaves_after = random.randrange(1, 8) if random.random() < 0.5 else None
+            wanted = oracle(prompt, params, context=64)[0]
+            text, seen = "", 0
+            async with engine.generate(prompt, params, key=str(number % 7)) as stream:
+                async for output in stream:
+                    ids = output.outputs[0].token_ids
+                    text += output.delta
+                    assert ids == wanted[: len(ids)] and len(ids) > seen
+                    seen = len(ids)
+                    if leaves_after is not None and seen >= leaves_after:
+                        return False
+            assert ids == wanted and text == output.outputs[0].text
+            return True
+
+        finished = await asyncio.gather(*map(one, range(400)))
+        assert 100 < sum(finished) < 300
+        await until(lambda: engine.stats().running == 0 and not engine._channels and not engine._served)
+        assert engine.stats().kv_used == 0 and engine.stats().waiting == 0
+        assert engine.stats().prefix_hits > 0
+
+    run(test, Opener(max_num_seqs=16, n_blocks=70, max_batch_tokens=24, block_size=4), max_waiting=1000)

@@ -144,6 +144,11 @@ class AsyncEngine:
         return self._engine is not None and not self._draining
 
     @property
+    def given_up(self) -> bool:
+        """The ranks could not be started again; only a new process can help. `failure` says why."""
+        return self._thread is not None and not self._thread.is_alive() and not self._abandon.is_set()
+
+    @property
     def plan(self) -> Plan:
         return self._known.plan
 

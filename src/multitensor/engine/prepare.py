@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from multitensor.architectures.registry import resolve
 from multitensor.architectures.spec import ModelSpec
@@ -44,12 +45,14 @@ def prepare(
     max_batch_tokens: int | None = None,
     block_size: int = BLOCK_SIZE,
     allow_planned_devices: bool = False,
+    prefix_cache: Literal["shared", "key", "off"] = "shared",
 ) -> Prepared:
     """Opens the model's headers and plans it; reads no weight.
 
     devices: "cpu:2", "cuda:0,cuda:1=24GiB", a list of such, or None for every GPU found (or one CPU rank). ratio:
     "3,1", numbers, or a mapping from kind to numbers. max_model_len: context in tokens. dtype "float32" given
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
+    prefix_cache: which requests reuse what was computed of a common beginning, as in EngineConfig.
     Raises InputError and DoesNotFit in one line.
     """
     checkpoint = open_checkpoint(model)
@@ -83,6 +86,7 @@ def prepare(
         max_num_seqs=num_seqs,
         max_batch_tokens=batch_tokens,
         block_size=block_size,
+        prefix_cache=prefix_cache,
     )
     return Prepared(checkpoint, spec, plan, config)
 
