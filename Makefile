@@ -23,7 +23,7 @@ models: install
 # The GPUs found, or two CPU ranks where there is none.
 demo: install
 	@model=$$($(BIN)/multitensor pull smollm2-135m | tail -n 1) && \
-	gpus=$$($(BIN)/python -c 'from multitensor.sharding.topology import gpu_count; print(gpu_count())') && \
+	gpus=$$($(BIN)/python -c 'from multitensor.sharding.topology import find_gpus; print(len(find_gpus()))') && \
 	if [ "$$gpus" -gt 0 ]; then devices=""; else devices="--devices cpu:2"; fi && \
 	set -x && $(BIN)/multitensor run "$$model" $$devices --chat -p "Why is the sky blue?" -n 96 --temp 0
 

@@ -21,6 +21,11 @@ KV_TYPES = ("auto", "f32", "f16", "bf16")
 KV_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
+def _is_number(text: str) -> bool:
+    """Decimal digits of ASCII alone: str.isdigit() takes a superscript two."""
+    return text.isascii() and text.isdecimal()
+
+
 def parse_bytes(text: str) -> int:
     """Bytes of '24GiB' (1024**3), '80GB' (1000**3) or a plain number. Raises InputError."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
@@ -51,15 +56,15 @@ def parse_devices(text: str) -> tuple[DeviceRequest, ...]:
         name, _, cap = part.partition("=")
         cap_bytes = parse_bytes(cap) if cap else None
         kind, colon, number = name.strip().lower().partition(":")
-        if kind == "cpu" and (not colon or number.isdigit()):
+        if kind == "cpu" and (not colon or _is_number(number)):
             count = int(number) if colon else 1
             if not 1 <= count <= 64:
                 raise InputError(f"--devices: {part!r} asks for {count} CPU ranks; between 1 and 64 are possible")
             first = sum(r.kind == "cpu" for r in requests)
             requests += [DeviceRequest("cpu", first + i, cap_bytes) for i in range(count)]
-        elif kind == "cuda" and colon and number.isdigit():
+        elif kind == "cuda" and colon and _is_number(number):
             requests.append(DeviceRequest("cuda", int(number), cap_bytes))
-        elif part[:1].isdigit() and not cap:
+        elif _is_number(part[:1]) and not cap:
             requests.append(DeviceRequest(None, len(requests), parse_bytes(part)))
         else:
             raise InputError(

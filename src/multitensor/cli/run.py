@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +17,10 @@ from multitensor.errors import InputError
 
 if TYPE_CHECKING:
     from multitensor import LLM, RequestOutput, SamplingParams
+    from multitensor.formats.tokenizer import Tokenizer
+    from multitensor.sharding.plan import Plan
+
+FEWEST_TO_TIME = 8  # decoded tokens: results come a step late and in clumps, so fewer would time the clumps
 
 
 def command(
@@ -31,7 +35,7 @@ def command(
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option("-n", "--max-tokens", help="Tokens to write at most. Default: 256; in a chat until done.", min=0),
+        typer.Option("-n", "--max-tokens", help="Tokens to write at most. Default: 256; in a chat until done.", min=1),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put -p through the model's chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt of a chat.", show_default=False)] = None,
@@ -56,13 +60,17 @@ def command(
 
     if prompt is not None and ids is not None:
         raise InputError("run: give -p or --ids, not both")
+    if system is not None and not chat and (prompt is not None or ids is not None):
+        raise InputError("run: --system belongs to a chat; add --chat, or leave it out")
     text = sys.stdin.read() if prompt == "-" else prompt
+    tokens = _parse_ids(ids) if ids is not None else None
     params = SamplingParams(temperature=temp, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed, max_tokens=max_tokens)
     started = time.perf_counter()
     with loading_bar(quiet=as_json) as progress:
         llm = LLM._open(
             model,
             progress=progress,
+            before_ranks=lambda tokenizer, plan: _check(tokenizer, plan, text, tokens),
             tensor_parallel_size=tp,
             devices=devices,
             ratio=ratio,
@@ -75,44 +83,59 @@ def command(
         loaded = time.perf_counter() - started
         for warning in llm.plan.warnings:
             warn(warning)
-        if text is None and ids is None:
+        if text is None and tokens is None:
             _chat(llm, params, system)
             return
         if max_tokens is None:
-            params = _with_max_tokens(params, 256)
-        tokens = _parse_ids(ids) if ids is not None else _prompt_ids(llm, text or "", chat, system)
-        _write_once(llm, tokens, text, params, loaded, as_json)
+            params = replace(params, max_tokens=256)
+        asked = tokens if tokens is not None else _prompt_ids(llm, text or "", chat, system)
+        _write_once(llm, asked, text, params, loaded, as_json)
+
+
+def _check(tokenizer: Tokenizer | None, plan: Plan, text: str | None, tokens: list[int] | None) -> None:
+    """What can be known to be wrong before minutes of loading. Raises InputError."""
+    if tokenizer is None and tokens is None:
+        raise InputError("run: this file has no vocabulary; give token ids, as in --ids 1,2,3")
+    if text == "" and tokenizer is not None and not tokenizer.add_bos:
+        raise InputError("run: the prompt is empty, and this model has no beginning-of-text token to start from")
+    length = len(tokens) if tokens is not None else len(tokenizer.encode(text)) if text and tokenizer else 0
+    if length >= plan.context:
+        raise InputError(
+            f"run: the prompt has {length} tokens, the context only {plan.context}; raise --ctx or shorten it"
+        )
+    wrong = next((token for token in tokens or () if not 0 <= token < plan.spec.vocab_size), None)
+    if wrong is not None:
+        raise InputError(
+            f"run: --ids: {wrong} is not a token id of this model, which has 0 to {plan.spec.vocab_size - 1}"
+        )
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds and tokens a second of one request, as its reader saw them."""
+    """Tokens and tokens a second of one request, as the engine measured them; None where there were too few to say."""
 
     prompt_tokens: int
     output_tokens: int
-    first_token_seconds: float
-    decode_seconds: float
+    prefill_tokens_per_second: float | None
+    decode_tokens_per_second: float | None
 
-    @property
-    def prefill_tokens_per_second(self) -> float:
-        return self.prompt_tokens / self.first_token_seconds if self.first_token_seconds else 0.0
-
-    @property
-    def decode_tokens_per_second(self) -> float:
-        return (self.output_tokens - 1) / self.decode_seconds if self.output_tokens > 1 and self.decode_seconds else 0.0
+    @staticmethod
+    def of(output: RequestOutput) -> Timing:
+        metrics = output.metrics
+        if metrics is None:
+            return Timing(len(output.prompt_token_ids), len(output.outputs[0].token_ids), None, None)
+        decode = metrics.decode_tokens_per_second if metrics.decode_tokens >= FEWEST_TO_TIME else None
+        return Timing(metrics.prompt_tokens, metrics.output_tokens, metrics.prefill_tokens_per_second, decode)
 
     def line(self) -> str:
-        decode = f"{self.decode_tokens_per_second:.1f} tokens/s" if self.output_tokens > 1 else "-"
         return (
-            f"prefill {self.prompt_tokens} tokens, {self.prefill_tokens_per_second:.1f} tokens/s; "
-            f"decode {self.output_tokens} tokens, {decode}"
+            f"prefill {self.prompt_tokens} tokens, {_speed(self.prefill_tokens_per_second)}; "
+            f"decode {self.output_tokens} tokens, {_speed(self.decode_tokens_per_second)}"
         )
 
 
-def _with_max_tokens(params: SamplingParams, count: int) -> SamplingParams:
-    from dataclasses import replace
-
-    return replace(params, max_tokens=count)
+def _speed(tokens_per_second: float | None) -> str:
+    return "too few to time" if tokens_per_second is None else f"{tokens_per_second:.1f} tokens/s"
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -135,7 +158,8 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 def _write_once(
     llm: LLM, prompt: str | list[int], text: str | None, params: SamplingParams, loaded: float, as_json: bool
 ) -> None:
-    output, timing = _stream(llm.stream(prompt, params), echo=not as_json)
+    output = _stream(llm, llm.stream(prompt, params), echo=not as_json)
+    timing = Timing.of(output)
     if as_json:
         done = output.outputs[0]
         report: dict[str, Any] = {
@@ -146,8 +170,6 @@ def _write_once(
             "finish_reason": done.finish_reason,
             "load_seconds": loaded,
             **asdict(timing),
-            "prefill_tokens_per_second": timing.prefill_tokens_per_second,
-            "decode_tokens_per_second": timing.decode_tokens_per_second,
             "devices": [rank.device.name for rank in llm.plan.ranks],
         }
         typer.echo(json.dumps(report))
@@ -157,26 +179,21 @@ def _write_once(
     sys.stderr.write(f"load {loaded:.1f} s; {timing.line()}\n")
 
 
-def _stream(stream: Iterable[RequestOutput], echo: bool) -> tuple[RequestOutput, Timing]:
+def _stream(llm: LLM, stream: Iterable[RequestOutput], echo: bool) -> RequestOutput:
     """Drains a stream, writing text to stdout as it comes (token ids where there is no vocabulary)."""
-    started = time.perf_counter()
-    first = last = started
-    count_at_first = written = 0
+    written = 0
     output: RequestOutput | None = None
     for output in stream:
-        last = time.perf_counter()
-        tokens = output.outputs[0].token_ids
-        if not count_at_first and tokens:
-            first, count_at_first = last, len(tokens)
-        if echo:
-            sys.stdout.write(output.delta if output.prompt is not None or output.delta else "")
-            if not output.outputs[0].text and tokens:
-                sys.stdout.write("".join(f"{token} " for token in tokens[written:]))
-            sys.stdout.flush()
-        written = len(tokens)
+        if echo and llm.has_vocabulary:
+            sys.stdout.write(output.delta)
+        elif echo:
+            tokens = output.outputs[0].token_ids
+            sys.stdout.write("".join(f"{token} " for token in tokens[written:]))
+            written = len(tokens)
+        sys.stdout.flush()
     if output is None:
         raise InputError("run: the prompt is empty and the model has no beginning-of-text token to start from")
-    return output, Timing(len(output.prompt_token_ids), written, first - started, last - first)
+    return output
 
 
 def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
@@ -213,16 +230,17 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
             pieces.append(output.delta)
             yield output
 
-    stream = llm.stream(llm.chat_ids(messages), params)
     try:
-        _, timing = _stream(heard(stream), echo=True)
-        sys.stderr.write(f"\n[{timing.line()}]\n")
-    except KeyboardInterrupt:
-        stream.close()
-        sys.stderr.write("\n[stopped]\n")
+        stream = llm.stream(llm.chat_ids(messages), params)
     except InputError as error:
         # The conversation has outgrown the context; say so and let the user /reset instead of losing the session.
         messages.pop()
         sys.stderr.write(f"{error} (/reset starts over)\n")
         return
+    try:
+        output = _stream(llm, heard(stream), echo=True)
+        sys.stderr.write(f"\n[{Timing.of(output).line()}]\n")
+    except KeyboardInterrupt:
+        stream.close()
+        sys.stderr.write("\n[stopped]\n")
     messages.append({"role": "assistant", "content": "".join(pieces)})

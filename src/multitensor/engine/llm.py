@@ -11,6 +11,7 @@ What differs from vLLM's `LLM`, beside what engine/request.py says:
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,11 +86,18 @@ class LLM:
         )
 
     @classmethod
-    def _open(cls, model: str | Path, *, progress: Progress | None = None, **settings: Any) -> LLM:
-        """As `LLM(model, ...)` for this package's own commands: with a progress callback while loading, and every
-        setting that `prepare` has."""
+    def _open(
+        cls,
+        model: str | Path,
+        *,
+        progress: Progress | None = None,
+        before_ranks: Callable[[Tokenizer | None, Plan], None] | None = None,
+        **settings: Any,
+    ) -> LLM:
+        """As `LLM(model, ...)` for this package's own commands: with a progress callback while loading, a check that
+        may raise before any rank starts, and every setting that `prepare` has."""
         llm = cls.__new__(cls)
-        llm._start(model, progress=progress, **settings)
+        llm._start(model, progress=progress, before_ranks=before_ranks, **settings)
         return llm
 
     @classmethod
@@ -106,7 +114,14 @@ class LLM:
         llm._attach(executor, plan, config, tokenizer, checkpoint)
         return llm
 
-    def _start(self, model: str | Path, *, progress: Progress | None, **settings: Any) -> None:
+    def _start(
+        self,
+        model: str | Path,
+        *,
+        progress: Progress | None,
+        before_ranks: Callable[[Tokenizer | None, Plan], None] | None = None,
+        **settings: Any,
+    ) -> None:
         from multitensor.engine.prepare import prepare
         from multitensor.engine.process_executor import ProcessExecutor
         from multitensor.engine.torchrun import torchrun_world
@@ -121,6 +136,8 @@ class LLM:
             settings["tensor_parallel_size"] = world.size  # torchrun's processes are the ranks
         prepared = prepare(model, **settings)
         tokenizer = load_tokenizer(prepared.checkpoint)
+        if before_ranks is not None:
+            before_ranks(tokenizer, prepared.plan)
         executor = ProcessExecutor()
         try:
             executor.start(prepared.plan, prepared.config, progress)
@@ -141,6 +158,7 @@ class LLM:
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
         self._opened: Engine | None = Engine(executor, plan, config, tokenizer)
+        self._in_use = threading.RLock()
         # Also when the last reference goes, or the interpreter, so that no rank outlives it.
         self._finalizer = weakref.finalize(self, executor.close)
 
@@ -175,7 +193,8 @@ class LLM:
 
     def memory(self) -> list[dict[str, int]]:
         """Bytes that each rank holds, as measured."""
-        return self._engine.call("memory")
+        with self._exclusive() as engine:
+            return engine.call("memory")
 
     # --- writing ---
 
@@ -185,16 +204,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | Callable[[int, int], None] = False,
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Continues every prompt; results in the order of the prompts.
 
         prompts: a text, token ids, or a list of either (vLLM's {"prompt": ...} and {"prompt_token_ids": ...} too).
         sampling_params: for all, or one each; default `SamplingParams()`. A text gets the model's BOS token where the
         model's files ask for one. progress: True draws a bar on stderr; a callable gets (finished, all).
+        use_tqdm: vLLM's name for the bar.
         InputError before anything runs when one prompt is wrong, such as longer than the context.
         """
         parsed = [self._parse(prompt) for prompt in _prompt_list(prompts)]
-        return self._generate(parsed, sampling_params, progress)
+        return self._generate(parsed, sampling_params, progress or use_tqdm)
 
     def chat(
         self,
@@ -202,17 +223,22 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool | Callable[[int, int], None] = False,
+        use_tqdm: bool = False,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation ([{"role": "user", "content": "Hello"}, ...]) or a list of conversations, through the
         model's chat template. What users write never becomes a control token."""
-        conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
+        if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+            raise InputError(
+                f'chat: give a list of messages such as {{"role": "user", "content": ...}}, not {messages!r}'
+            )
+        conversations = [messages] if isinstance(messages[0], Mapping) else messages
         parsed = [
             (None, self.chat_ids(conversation, add_generation_prompt=add_generation_prompt, tools=tools))  # type: ignore[arg-type]
             for conversation in conversations
         ]
-        return self._generate(parsed, sampling_params, progress)
+        return self._generate(parsed, sampling_params, progress or use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -222,19 +248,21 @@ class LLM:
         work starts with the first item; closing the generator, or dropping it, cancels the request."""
         text, ids = self._parse(prompt)
         params = sampling_params or SamplingParams()
-        self._engine.check_prompt(ids)
-        self._engine.check_params(params)
+        with self._exclusive() as engine:
+            engine.check_prompt(ids)
+            engine.check_params(params)
         return self._stream(text, ids, params)
 
     def _stream(
         self, text: str | None, ids: Sequence[int], params: SamplingParams
     ) -> Generator[RequestOutput, None, None]:
-        engine = self._engine
-        request = engine.add_request(ids, params, prompt=text)
+        with self._exclusive() as engine:
+            request = engine.add_request(ids, params, prompt=text)
         seen = 0
         try:
             while not request.finished:
-                engine.step()
+                with self._exclusive():
+                    engine.step()
                 # Another stream's steps may have brought tokens too; so look at the request, not at the step's news.
                 if request.metrics.output_tokens > seen:
                     seen = request.metrics.output_tokens
@@ -242,7 +270,7 @@ class LLM:
             if request.metrics.output_tokens > seen:
                 yield request.output()
         finally:
-            if not request.finished:
+            if not request.finished and self._opened is not None:
                 engine.cancel(request)
 
     def _generate(
@@ -251,16 +279,21 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | Callable[[int, int], None],
     ) -> list[RequestOutput]:
-        engine = self._engine
         params = _params_list(sampling_params, len(prompts))
-        for (_, ids), each in zip(prompts, params, strict=True):
-            engine.check_prompt(ids)
-            engine.check_params(each)
-        requests: list[Request] = [
-            engine.add_request(ids, each, prompt=text) for (text, ids), each in zip(prompts, params, strict=True)
-        ]
-        with _progress(progress) as report:
-            engine.run(requests, report)
+        requests: list[Request] = []
+        with self._exclusive() as engine, _progress(progress) as report:
+            for (_, ids), each in zip(prompts, params, strict=True):
+                engine.check_prompt(ids)
+                engine.check_params(each)
+            try:
+                for (text, ids), each in zip(prompts, params, strict=True):
+                    requests.append(engine.add_request(ids, each, prompt=text))
+                engine.run(requests, report)
+            except BaseException:
+                for request in requests:
+                    if not request.finished:
+                        engine.cancel(request)
+                raise
         return [request.output() for request in requests]
 
     # --- text and ids ---
@@ -268,11 +301,17 @@ class LLM:
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Token ids of the text. special: names of control tokens become those tokens. bos: begin as the model's files
         ask for (with BOS, if they do)."""
+        if not isinstance(text, str):
+            raise InputError(f"tokenize: give a text, not {text!r}")
         return self._need_tokenizer("tokenize").encode(text, special=special, bos=bos)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens left out."""
-        return self._need_tokenizer("detokenize").decode(_id_list(ids))
+        tokenizer, known, size = self._need_tokenizer("detokenize"), _id_list(ids), self._plan.spec.vocab_size
+        wrong = next((token for token in known if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InputError(f"detokenize: {wrong} is not a token id of this model, which has 0 to {size - 1}")
+        return tokenizer.decode(known)
 
     def chat_ids(
         self,
@@ -285,6 +324,8 @@ class LLM:
         tokenizer = self._need_tokenizer("chat")
         from multitensor.formats.chat_template import render_chat
 
+        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+            raise InputError('chat: every message is a mapping such as {"role": "user", "content": "Hello"}')
         conversation = [dict(message) for message in messages]
         known = None if tools is None else [dict(tool) for tool in tools]
         return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, tools=known)
@@ -294,16 +335,21 @@ class LLM:
     def score(self, ids: Sequence[int], top: int = 10) -> list[PositionScore]:
         """The model's distribution after each of the ids: `top` best ids with their log-probabilities (natural), and
         that of the id that follows in `ids` (None at the end). Texts longer than a step are computed in chunks."""
-        request = self._engine.add_score(_id_list(ids), top)
-        self._engine.run([request])
+        known = _id_list(ids)
+        if isinstance(top, bool) or not isinstance(top, Integral):
+            raise InputError(f"score: top must be an integer, not {top!r}")
+        with self._exclusive() as engine:
+            request = engine.add_score(known, int(top))
+            engine.run([request])
         return request.scores()
 
     def verify(self, prompts: Sequence[Sequence[int]] | None = None, **options: Any) -> dict[str, Any]:
         """The split model against a whole one that is streamed a layer at a time on the first rank's device; the
         report's "ok" says whether every layer and the logits agree within tolerance.
         prompts: token ids, by default a few short ones. options: see engine/verify.py."""
-        chosen = self._verify_prompts() if prompts is None else [self._engine.check_prompt(ids) for ids in prompts]
-        return self._engine.call("verify", prompts=chosen, **options)[0]
+        with self._exclusive() as engine:
+            chosen = self._verify_prompts() if prompts is None else [engine.check_prompt(ids) for ids in prompts]
+            return engine.call("verify", prompts=chosen, **options)[0]
 
     def _verify_prompts(self) -> list[list[int]]:
         limit = max(1, min(self._engine.context, self._plan.max_batch_tokens) - 1)
@@ -329,6 +375,17 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[Engine]:
+        """The engine, for one thread at a time: two would take each other's results. Raises InputError for the
+        second one, and when the LLM is closed."""
+        if not self._in_use.acquire(blocking=False):
+            raise InputError("this LLM is at work in another thread; use it from one thread at a time")
+        try:
+            yield self._engine
+        finally:
+            self._in_use.release()
 
     @property
     def _engine(self) -> Engine:
@@ -373,7 +430,7 @@ def _id_list(ids: object) -> list[int]:
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     good = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
     if not good or not all(isinstance(value, Integral) and not isinstance(value, bool) for value in values):  # type: ignore[union-attr]
-        raise InputError(f"a prompt is a text or a list of token ids, not {str(ids)[:60]!r}")
+        raise InputError(f"a text, or a list of token ids, is wanted here, not {str(ids)[:60]!r}")
     return [int(value) for value in values]  # type: ignore[union-attr]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ def prepare(
     max_model_len: int | None = None,
     dtype: str | None = None,
     kv_type: str | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     max_num_seqs: int | None = None,
     max_batch_tokens: int | None = None,
     block_size: int = BLOCK_SIZE,
@@ -55,6 +56,14 @@ def prepare(
     prefix_cache: which requests reuse what was computed of a common beginning, as in EngineConfig.
     Raises InputError and DoesNotFit in one line.
     """
+    if not isinstance(model, (str, Path)) or not str(model):
+        raise InputError(f"model must be the path of a .gguf file or a Hugging Face folder, not {model!r}")
+    for name, value in (("tensor_parallel_size", tensor_parallel_size), ("max_model_len", max_model_len)):
+        _check_integer(name, value)
+    _check_integer("seed", seed)
+    ratio = _ratio(ratio)
+    if devices is None and tensor_parallel_size is None and isinstance(ratio, tuple):
+        tensor_parallel_size = len(ratio)
     checkpoint = open_checkpoint(model)
     spec = resolve(checkpoint)
     found = find_devices(_device_requests(devices), tensor_parallel_size)
@@ -70,7 +79,7 @@ def prepare(
     plan = solve(
         spec,
         found,
-        ratio=parse_ratio(ratio) if isinstance(ratio, str) else ratio,
+        ratio=ratio,
         context=max_model_len,
         kv_type=kv_type or "auto",
         dtype=dtype or "auto",
@@ -82,13 +91,32 @@ def prepare(
         model=str(model),
         dtype=plan.dtype,
         exact=dtype == "float32",
-        seed=seed,
+        seed=int(seed or 0),
         max_num_seqs=num_seqs,
         max_batch_tokens=batch_tokens,
         block_size=block_size,
         prefix_cache=prefix_cache,
     )
     return Prepared(checkpoint, spec, plan, config)
+
+
+def _check_integer(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+        raise InputError(f"{name} must be an integer, not {value!r}")
+
+
+def _ratio(
+    ratio: str | Sequence[float] | Mapping[str, Sequence[float]] | None,
+) -> tuple[float, ...] | Mapping[str, Sequence[float]] | None:
+    """Numbers, one a rank, or a mapping from kind to numbers. Raises InputError."""
+    if ratio is None or isinstance(ratio, Mapping):
+        return ratio
+    if isinstance(ratio, str):
+        return parse_ratio(ratio)
+    good = isinstance(ratio, Sequence) and all(isinstance(part, Real) and not isinstance(part, bool) for part in ratio)
+    if not good:
+        raise InputError(f"ratio must be numbers such as [3, 1], not {ratio!r}")
+    return tuple(float(part) for part in ratio)
 
 
 def _device_requests(
@@ -98,6 +126,8 @@ def _device_requests(
         return None
     if isinstance(devices, str):
         return parse_devices(devices)
+    if not isinstance(devices, Sequence):
+        raise InputError(f'devices must be text such as "cpu:2", or a list of it, not {devices!r}')
     requests = [entry for entry in devices if isinstance(entry, DeviceRequest)]
     if requests and len(requests) == len(devices):
         return tuple(requests)

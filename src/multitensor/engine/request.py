@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,9 +61,10 @@ class StructuredOutputsParams:
         return GrammarSpec("json_object", whitespace=whitespace)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SamplingParams:
-    """How one request is sampled. Raises InputError (one line) for a value out of range.
+    """How one request is sampled. Raises InputError (one line) for a value out of range, here and, since fields may be
+    changed afterwards as in vLLM, again when a request is made of it.
 
     n: continuations of the same prompt, each its own sequence and its own random numbers.
     temperature: 0 is greedy. top_k: 0 or -1 is off. top_p: 1 is off. min_p: 0 is off. The order is the one vLLM has:
@@ -103,6 +104,20 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises InputError for a value of the wrong type or out of range. A logit bias may have its ids as text, as
+        JSON has them."""
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._validate_numbers()
+        self._validate_stops()
+        if self.logit_bias is not None:
+            self.logit_bias = _bias(self.logit_bias)
+
+    def _validate_numbers(self) -> None:
         _integer("n", self.n, 1, MAX_SEQUENCES)
         _number("temperature", self.temperature, 0.0)
         _number("top_p", self.top_p, 0.0, 1.0, above=True)
@@ -120,13 +135,15 @@ class SamplingParams:
             raise InputError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}")
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+    def _validate_stops(self) -> None:
+        for name, value in (("stop", self.stop), ("stop_token_ids", self.stop_token_ids)):
+            if value is not None and not isinstance(value, (str, Sequence, Set)):
+                raise InputError(f"{name} must be a list, not {value!r}")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             raise InputError("stop: every stop string must be a text of at least one character")
         for token in self.stop_ids:
             _integer("stop_token_ids", token, 0)
-        for token, bias in (self.logit_bias or {}).items():
-            _integer("logit_bias: a token id", token, 0)
-            _number("logit_bias: a bias", bias, -100.0, 100.0)
 
     @property
     def greedy(self) -> bool:
@@ -145,6 +162,19 @@ class SamplingParams:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _bias(given: object) -> dict[int, float]:
+    """{token id: bias}; ids may be decimal text. Raises InputError."""
+    if not isinstance(given, Mapping):
+        raise InputError(f"logit_bias must be a mapping from token ids to numbers, not {given!r}")
+    checked = {}
+    for token, bias in given.items():
+        known = int(token) if isinstance(token, str) and token.isdecimal() else token
+        _integer("logit_bias: a token id", known, 0)
+        _number("logit_bias: a bias", bias, -100.0, 100.0)
+        checked[int(known)] = bias
+    return checked
 
 
 def _integer(name: str, value: object, low: int | None = None, high: int | None = None) -> None:
@@ -235,6 +265,7 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
     metrics: RequestMetrics | None = None
+    prompt_logprobs: None = None  # never offered, but vLLM's results have the field
 
     @property
     def delta(self) -> str:

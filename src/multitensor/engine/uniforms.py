@@ -23,7 +23,7 @@ def derive_seed(*numbers: int) -> int:
     """One 64-bit seed from several integers; their order counts, negative ones are taken modulo 2**64."""
     state = 0
     for number in numbers:
-        state = mix(state ^ (number & _MASK))
+        state = mix(state ^ (int(number) & _MASK))
     return state
 
 
