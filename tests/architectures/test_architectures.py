@@ -159,6 +159,7 @@ def test_gemma3_settings_of_config_json(tmp_path: Path) -> None:
     folder = tiny_hf(tmp_path / "hf", "gemma3", **DIMS)
     spec = with_config(folder, {"query_pre_attn_scalar": 16, "final_logit_softcapping": 30.0})
     assert (spec.attention_scale, spec.logit_softcap, spec.attention_softcap) == (0.25, 30.0, None)
+    assert with_config(folder, {"attn_logit_softcapping": 50.0}).attention_softcap is None  # as in transformers
     pattern = with_config(folder, {"layer_types": None, "sliding_window_pattern": 3})
     assert [layer.window is None for layer in pattern.layers] == [False, False, True, False, False, True, False]
     typed = with_config(folder, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 4})

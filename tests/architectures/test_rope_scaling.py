@@ -144,8 +144,9 @@ def test_gemma3_has_one_rope_a_layer_type() -> None:
         ),
     ],
 )
-def test_gguf_keys_mean_the_same(keys: dict[str, Any], rope: dict[str, Any]) -> None:
-    gguf = Fields({f"llama.rope.{key}": value for key, value in keys.items()}, "llama.", "a.gguf")
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3"])
+def test_gguf_keys_mean_the_same(architecture: str, keys: dict[str, Any], rope: dict[str, Any]) -> None:
+    gguf = Fields({f"{architecture}.rope.{key}": value for key, value in keys.items()}, f"{architecture}.", "a.gguf")
     assert_same(make_rope(read_gguf_rope(gguf, HEAD_DIM, CONTEXT), "half"), *llama_rotary(dict(rope)))
 
 

@@ -39,6 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-tied-bias": ("qwen3", {"tied": True, "attention_bias": True}),
     "gemma3": ("gemma3", {"n_layers": 7, "sliding_window": 8, "head_dim": 32, "n_kv_heads": 1}),
+    "gemma3-with-an-ignored-softcap": ("gemma3", {"attn_logit_softcapping": 0.05}),
     "gemma3-untied": ("gemma3", {"n_layers": 2, "sliding_window": 8, "tied": False}),
 }
 

@@ -50,7 +50,8 @@ def declare_gemma3(checkpoint: Checkpoint) -> ModelSpec:
         embedding_scale=dims.hidden_size**0.5,
         qk_norm=True,
         post_norms=True,
-        attention_softcap=_optional(fields, "attn_logit_softcapping"),
+        # Gemma 2's cap on attention scores has a setting here too (attn_logit_softcapping), but neither transformers'
+        # Gemma 3 nor llama.cpp's applies it: the norms of queries and keys took its place.
         logit_softcap=_optional(fields, "final_logit_softcapping"),
     )
 

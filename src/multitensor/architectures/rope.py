@@ -95,7 +95,14 @@ def _magnitude(p: RopeParameters) -> float:
 
 
 def read_gguf_rope(fields: Fields, head_dim: int, train_context: int, default_base: float = 10000.0) -> RopeParameters:
-    """The rope keys of a GGUF file. Raises InputError for a scaling that is not supported."""
+    """The rope keys of a GGUF file. Raises InputError for a scaling that is not supported.
+
+    yarn_beta_fast, yarn_beta_slow and yarn_ext_factor are honoured for every architecture. The GGUF specification does
+    not list them, but gguf-py names them for every architecture, and llama.cpp's converter writes them from the settings
+    that the model was trained and is run with elsewhere. llama.cpp itself (as of 0.3.36 of llama-cpp-python) reads
+    them for two architectures only (grok, mistral3) and takes 32, 1 and 1 for the rest. So the two differ only for a
+    file whose values are others, and there the model as published is the one that counts.
+    """
     kind = fields.text("rope.scaling.type", "none")
     kind = _known_kind(fields, "rope.scaling.type", "default" if kind == "none" else kind)
     # Files from before rope.scaling.* had one key for the linear factor.
