@@ -98,8 +98,8 @@ def read_gguf_rope(fields: Fields, head_dim: int, train_context: int, default_ba
     """The rope keys of a GGUF file. Raises InputError for a scaling that is not supported.
 
     yarn_beta_fast, yarn_beta_slow and yarn_ext_factor are honoured for every architecture. The GGUF specification does
-    not list them, but gguf-py names them for every architecture, and llama.cpp's converter writes them from the settings
-    that the model was trained and is run with elsewhere. llama.cpp itself (as of 0.3.36 of llama-cpp-python) reads
+    not list them, but gguf-py names them for every architecture, and llama.cpp's converter writes them from the
+    settings that the model was trained with. llama.cpp itself (as of 0.3.36 of llama-cpp-python) reads
     them for two architectures only (grok, mistral3) and takes 32, 1 and 1 for the rest. So the two differ only for a
     file whose values are others, and there the model as published is the one that counts.
     """
