@@ -13,7 +13,8 @@ import typer
 
 from multitensor.cli import options
 from multitensor.cli.output import loading_bar, warn
-from multitensor.errors import InputError
+from multitensor.cli.rank_watch import raise_when_lost
+from multitensor.errors import InputError, RankFailed
 
 if TYPE_CHECKING:
     from multitensor import LLM, RequestOutput, SamplingParams
@@ -84,7 +85,8 @@ def command(
         for warning in llm.plan.warnings:
             warn(warning)
         if text is None and tokens is None:
-            _chat(llm, params, system)
+            with raise_when_lost(llm._engine.check):
+                _chat(llm, params, system)
             return
         if max_tokens is None:
             params = replace(params, max_tokens=256)
@@ -213,6 +215,9 @@ def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
         except (EOFError, KeyboardInterrupt):
             sys.stderr.write("\n")
             return
+        except RankFailed:
+            sys.stderr.write("\n")  # leaves the prompt's line
+            raise
         if line == "/exit":
             return
         if line == "/reset":
