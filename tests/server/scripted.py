@@ -27,6 +27,7 @@ from multitensor.server.settings import ServerSettings
 from synthetic import write_gguf
 
 TEXT = "The tide comes in."
+HIDDEN = 64
 
 
 @dataclass
@@ -71,19 +72,24 @@ class ScriptedExecutor:
             self._texts[setup.slot] = [*self._tokenizer.encode(self._script.text), min(self._tokenizer.eos_ids)]
         output = StepOutput(step.step, np.full(len(step.slots), -1, np.int32))
         for row, slot in enumerate(step.slots.tolist()):
+            if row in step.pooled:
+                output.sums[row] = np.array([3, 4] * (HIDDEN // 2), np.float32) * int(step.query_lens[row])
             if step.sample[row]:
-                output.token_ids[row] = self._next(slot)
+                output.token_ids[row] = self._next(slot, step.masks.get(row))
                 k = self._setups[slot].logprobs
                 if k >= 0:
                     best = [(int(output.token_ids[row]) + i) % 256 for i in range(k)]
                     output.logprobs[row] = TokenLogprobs(-0.5, best, [-0.5 - i for i in range(k)], 1)
         return output
 
-    def _next(self, slot: int) -> int:
+    def _next(self, slot: int, mask: np.ndarray | None) -> int:
+        """What the script says; the first token that a grammar allows where it does not allow that."""
         said = self._said[slot]
         self._said[slot] += 1
-        text = self._texts[slot]
-        return text[said % len(text)]
+        token = self._texts[slot][said % len(self._texts[slot])]
+        if mask is None or mask[token >> 5] >> (token & 31) & 1:
+            return token
+        return int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         return [{"weights": 1, "kv": 2}]
@@ -98,7 +104,10 @@ CHAT_TEMPLATE = (
 
 
 def make_model(folder: Path) -> Path:
-    return write_gguf(folder / "scripted.gguf", no_vocab=False, context=2048, chat_template=CHAT_TEMPLATE)
+    options = {"hidden": HIDDEN, "context": 2048, "chat_template": CHAT_TEMPLATE}
+    return write_gguf(folder / "scripted.gguf", no_vocab=False, **options)  # type: ignore[arg-type]
+        folder / "scripted.gguf", hidden=HIDDEN, no_vocab=False, context=2048, chat_template=CHAT_TEMPLATE
+    )
 
 
 def make_opener(model: Path, script: Script) -> tuple[Prepared, Callable[[], Engine]]:

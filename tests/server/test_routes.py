@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from scripted import TEXT, Script, Server, eventually, make_model, scripted_server, texts
+from scripted import HIDDEN, TEXT, Script, Server, eventually, make_model, scripted_server, texts
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
@@ -215,19 +215,29 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI) -> None:
 # --- the rest ---
 
 
-def test_embeddings(client: openai.OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def embed(ids: list[int]) -> list[float]:
-        return [3.0, 4.0, float(len(ids)) * 0]
-
-    monkeypatch.setattr(server.engine, "embed", embed, raising=False)
+def test_embeddings(client: openai.OpenAI, server: Server) -> None:
     answer = client.embeddings.create(model="tide", input=["sea", "land"])
     assert [entry.index for entry in answer.data] == [0, 1]
-    assert answer.data[0].embedding == pytest.approx([0.6, 0.8, 0.0])
-    raw = httpx.post(f"{server.url}/v1/embeddings", json={"input": "sea", "encoding_format": "base64"}).json()
-    data = base64.b64decode(raw["data"][0]["embedding"])
-    assert struct.unpack("<3f", data) == pytest.approx((0.6, 0.8, 0.0))
+    assert len(answer.data[0].embedding) == HIDDEN
+    assert answer.data[0].embedding[:2] == pytest.approx([3 / 800**0.5, 4 / 800**0.5])  # 32 pairs (3, 4), length 1
+    raw = httpx.post(f"{server.url}/v1/embeddings", json={"input": [1, 2], "encoding_format": "base64"}).json()
+    data = struct.unpack(f"<{HIDDEN}f", base64.b64decode(raw["data"][0]["embedding"]))
+    assert data == pytest.approx(answer.data[1].embedding, rel=1e-6)
+    assert raw["usage"] == {"prompt_tokens": 2, "total_tokens": 2}
+    assert len(client.embeddings.create(model="tide", input="sea", dimensions=HIDDEN).data) == 1
     with pytest.raises(openai.BadRequestError, match="dimensions"):
         client.embeddings.create(model="tide", input="sea", dimensions=7)
+
+
+def test_a_grammar_shapes_the_answer(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="tide", messages=MESSAGES, extra_body={"grammar": 'root ::= "The " ("sea" | "sky")'}
+    )
+    assert answer.choices[0].message.content in ("The sea", "The sky") and answer.choices[0].finish_reason == "stop"
+    schema = {"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    found = client.chat.completions.create(model="tide", messages=MESSAGES, response_format=wanted, n=2)
+    assert [json.loads(choice.message.content or "") for choice in found.choices] == [{"a": 1}] * 2
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
@@ -19,6 +18,9 @@ from multitensor.server.routes_completions import prompt_ids
 from multitensor.server.schemas import EmbeddingRequest
 from multitensor.server.service import authorise, service_of
 from multitensor.server.sse import until_hang_up
+
+if TYPE_CHECKING:
+    from multitensor.engine.async_engine import AsyncEngine
 
 router = APIRouter(tags=["embeddings"], dependencies=[Depends(authorise)])
 
@@ -38,23 +40,23 @@ async def embeddings(request: Request) -> Response:
     tokens = sum(map(len, prompts))
     record = service.record(request, tokens, {"input": body.input})
     async with service.access.admitted(record):
-        vectors = await until_hang_up(request, _all(service.engine, prompts))
+        vectors = await until_hang_up(request, _all(service.engine, prompts, record.key.name))
     as_text = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _base64(vector) if as_text else vector}
-        for index, vector in enumerate(map(_unit, vectors))
+        for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return JSONResponse({"object": "list", "data": data, "model": service.settings.model_name, "usage": usage})
 
 
-async def _all(engine: Any, prompts: Sequence[list[int]]) -> list[list[float]]:
-    return list(await asyncio.gather(*(engine.embed(ids) for ids in prompts)))
-
-
-def _unit(vector: Sequence[float]) -> list[float]:
-    length = math.sqrt(sum(value * value for value in vector)) or 1.0
-    return [value / length for value in vector]
+async def _all(engine: AsyncEngine, prompts: Sequence[list[int]], key: str) -> list[list[float]]:
+    tasks = [asyncio.ensure_future(engine.embed(ids, key=key)) for ids in prompts]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:  # one that failed takes the others along
+            task.cancel()
 
 
 def _base64(vector: Sequence[float]) -> str:
