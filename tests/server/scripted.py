@@ -104,8 +104,7 @@ CHAT_TEMPLATE = (
 
 
 def make_model(folder: Path) -> Path:
-    options = {"hidden": HIDDEN, "context": 2048, "chat_template": CHAT_TEMPLATE}
-    return write_gguf(folder / "scripted.gguf", no_vocab=False, **options)  # type: ignore[arg-type]
+    return write_gguf(
         folder / "scripted.gguf", hidden=HIDDEN, no_vocab=False, context=2048, chat_template=CHAT_TEMPLATE
     )
 
