@@ -131,7 +131,7 @@ export class Panel {
     card.append(row("Holds", `${bytes(d.held_bytes)} of ${bytes(d.capacity_bytes)}`, held));
     card.append(element("p", "caption", `weights ${bytes(d.weights_bytes)}, KV ${bytes(d.kv_bytes)}, buffers ${bytes(d.buffers_bytes)}`));
     if (d.load !== null) card.append(row("Load", percent(d.load), bar([{ share: d.load, className: colour }], `load ${percent(d.load)}`)));
-    if (d.memory_used !== null) card.append(row(d.name.startsWith("cpu") ? "Machine's memory in use" : "Memory in use", `${bytes(d.memory_used)} of ${bytes(d.memory_total)}`));
+    if (d.memory_used !== null) card.append(row(d.name.startsWith("cpu") ? "Machine's memory" : "Memory in use", `${bytes(d.memory_used)} of ${bytes(d.memory_total)}`));
     if (d.power !== null) card.append(row("Power", `${d.power.toFixed(0)} W${d.temperature === null ? "" : `, ${d.temperature} °C`}`));
     const waits = this.reductions(d);
     if (waits !== null) card.append(row("In reductions", percent(waits)));
