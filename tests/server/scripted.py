@@ -103,10 +103,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def make_model(folder: Path) -> Path:
-    return write_gguf(
-        folder / "scripted.gguf", hidden=HIDDEN, no_vocab=False, context=2048, chat_template=CHAT_TEMPLATE
-    )
+def make_model(folder: Path, prefix: str = "") -> Path:
+    """prefix: stands before the chat template."""
+    template = prefix + CHAT_TEMPLATE
+    return write_gguf(folder / "scripted.gguf", hidden=HIDDEN, no_vocab=False, context=2048, chat_template=template)
 
 
 def make_opener(model: Path, script: Script) -> tuple[Prepared, Callable[[], Engine]]:

@@ -13,8 +13,8 @@ Delta = dict[str, Any]  # a part of an assistant's message: content, reasoning_c
 class OutputParser(Protocol):
     """Text in as it comes, deltas out. `called`: whether a tool call came."""
 
-    called: bool
-
+    @property
+    def called(self) -> bool: ...
     def push(self, text: str) -> list[Delta]: ...
     def finish(self) -> list[Delta]: ...
 
@@ -29,6 +29,26 @@ class PlainParser:
 
     def finish(self) -> list[Delta]:
         return []
+
+
+class OneCall:
+    """Lets no tool call through but the first."""
+
+    def __init__(self, inner: OutputParser) -> None:
+        self._inner = inner
+
+    @property
+    def called(self) -> bool:
+        return self._inner.called
+
+    def push(self, text: str) -> list[Delta]:
+        return self._first(self._inner.push(text))
+
+    def finish(self) -> list[Delta]:
+        return self._first(self._inner.finish())
+
+    def _first(self, deltas: list[Delta]) -> list[Delta]:
+        return [delta for delta in deltas if all(call["index"] == 0 for call in delta.get("tool_calls", ()))]
 
 
 class ChatChoice:

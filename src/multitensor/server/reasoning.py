@@ -14,8 +14,8 @@ _BLANK = " \t\r\n"
 class Parser(Protocol):
     """Text in as it comes, deltas out."""
 
-    called: bool
-
+    @property
+    def called(self) -> bool: ...
     def push(self, text: str) -> list[Delta]: ...
     def finish(self) -> list[Delta]: ...
 
