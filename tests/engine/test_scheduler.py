@@ -203,6 +203,18 @@ def test_a_preempted_score_is_taken_up_again_without_doubles() -> None:
     assert [(s.top_ids, s.top_logprobs, s.next_logprob) for s in scored.scores()] == wanted
 
 
+def test_a_preempted_embedding_is_not_summed_twice() -> None:
+    engine, executor = make_engine(context=40, n_blocks=40, block_size=1, max_batch_tokens=4)
+    older = engine.add_request([5], SamplingParams(max_tokens=None, ignore_eos=True))
+    ids = [i % VOCAB for i in range(38)]
+    embedded = engine.add_embed(ids)
+    engine.run([older, embedded])
+    assert engine.stats.preemptions > 0
+    assert sum(int(step.query_lens[list(step.pooled)].sum()) for step in executor.steps) > len(ids)
+    total = np.sum([hidden_state(ids[: i + 1]) for i in range(len(ids))], axis=0, dtype=np.float64)
+    assert np.allclose(embedded.vector(), total / np.linalg.norm(total))
+
+
 def test_the_preempted_come_before_those_who_never_ran() -> None:
     engine, _ = make_engine(context=40, n_blocks=11, block_size=4, max_num_seqs=8, max_batch_tokens=64)
     params = SamplingParams(temperature=1.0, max_tokens=25, ignore_eos=True)
