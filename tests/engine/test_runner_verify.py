@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -181,7 +182,50 @@ def test_not_a_number_is_an_error(quantised: Path) -> None:
 
     report = verify(quantised, damage)
     assert not report["ok"] and report["first_bad_tensor"] == "blk.1.ffn_down.weight"
+    assert report["kl_mean"] is report["kl_max"] is report["top1_agreement"] is None
     json.dumps(report, allow_nan=False)
+
+
+def with_numbers(path: Path, name: str, value: float, target: Path) -> Path:
+    """A copy of a GGUF file with `value` in the middle of an F32 tensor, or as the scale of a quantised block there."""
+    checkpoint = open_checkpoint(path)
+    info = checkpoint.tensors[name]
+    content = bytearray(path.read_bytes())
+    if info.type.name == "F32":
+        place = info.offset + info.nbytes // 8 * 4
+        content[place : place + 4] = struct.pack("<f", value)
+    else:  # Q4_K and Q5_K blocks begin with a float16 scale
+        block = info.type.block_bytes
+        place = info.offset + info.nbytes // block // 2 * block
+        content[place : place + 2] = struct.pack("<e", value)
+    target.write_bytes(content)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rank"),
+    [
+        ("blk.1.ffn_down.weight", float("nan"), None),
+        ("blk.2.attn_q.weight", float("inf"), None),
+        ("blk.1.ffn_norm.weight", float("-inf"), 0),
+        ("output.weight", float("nan"), None),
+    ],
+)
+def test_a_file_that_is_not_finite_is_told_from_a_wrong_cut(
+    quantised: Path, tmp_path: Path, name: str, value: float, rank: int | None
+) -> None:
+    report = verify(with_numbers(quantised, name, value, tmp_path / "m.gguf"))
+    assert not report["ok"] and report["first_bad_tensor"] is None
+    assert report["not_finite_tensor"] == name
+    assert rank is None or report["not_finite_rank"] == rank  # every rank holds the norms
+    assert report["kl_mean"] is report["kl_max"] is report["top1_agreement"] is None
+    json.dumps(report, allow_nan=False)
+
+
+def test_a_bit_that_is_wrong_in_a_file_with_nan_is_named_too(quantised: Path, tmp_path: Path) -> None:
+    path = with_numbers(quantised, "blk.2.ffn_down.weight", float("nan"), tmp_path / "m.gguf")
+    report = verify(path, flip_bit("blk.0.attn_q.weight", "quants", 2))
+    assert (report["first_bad_tensor"], report["not_finite_tensor"]) == ("blk.0.attn_q.weight", "blk.2.ffn_down.weight")
 
 
 def test_prompts_beyond_the_context_are_refused(quantised: Path) -> None:

@@ -8,7 +8,8 @@ Each layer of the split chain starts from the whole chain's hidden state, so tha
 blur it, and runs twice: in exact float32, where nothing but a wrong weight or a wrong cut can make a difference, and as
 the engine runs it, where roundings of the compute dtype (and of activations to 8 bits) are allowed for. Beside that the
 engine's chain runs on its own from end to end, which gives the divergence of the logits. When a layer is out of
-tolerance its weights are compared bit by bit, and the first tensor and rank that disagree are named.
+tolerance its weights are compared bit by bit, and the first tensor and rank that disagree are named; when they agree
+but something is not finite, the first tensor that holds NaN or infinity is.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ if TYPE_CHECKING:
     from multitensor.engine.runner import ModelRunner
 
 KL_SCRATCH_BYTES = 64 << 20
+NOT_FINITE = 1e30  # stands for an error that is no number, since JSON has no NaN
+_FINITE_CHUNK = 1 << 24  # weights looked at together
 
 
-# Of a layer in exact float32. Sums taken in another order give up to 4e-6 on the models below.
+# Of a layer in exact float32. Sums taken in another order give up to 2e-5 on the models below.
 LAYER_TOLERANCE = 1e-4
 
 
@@ -53,18 +56,26 @@ class Tolerance:
 
 
 def tolerance(config: EngineConfig, plan: Plan, device: torch.device) -> Tolerance:
-    """What rounding alone explains, times two or more; a wrong tensor gives errors of about 1.
+    """What rounding alone explains, times about three; a wrong tensor gives errors of about 1.
 
     Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; with a float16
-    cache 3e-3 and 4e-6; float16 3e-3 and 7e-5; bfloat16 4e-2 and 8e-3; activations rounded to 8 bits 2e-1 and 3e-2.
+    cache 3e-3 and 4e-6; float16 3e-3 and 7e-5; bfloat16 4e-2 and 8e-3. Activations rounded to 8 bits, over 1, 2 and 3
+    CPU ranks and five prompts of about 20 to 60 tokens: SmolLM2 9.2e-2 and 5.0e-3, Gemma 1.8e-1 and 3.2e-3 (up to 7.4e-2 at a
+    single position). The number of ranks moves the KL by a fifth, and the error of a layer not at all.
     """
     if not config.exact and device.type == "cpu":
-        return Tolerance(layer=5e-1, kl=1e-1)
+        return Tolerance(layer=5e-1, kl=1.5e-2)
     if config.dtype == "bfloat16" or plan.kv_type == "bf16":
         return Tolerance(layer=1.5e-1, kl=3e-2)
     if config.dtype == "float16" or plan.kv_type == "f16":
         return Tolerance(layer=2e-2, kl=1e-3)
     return Tolerance(LAYER_TOLERANCE, kl=1e-6)
+
+
+def arithmetic(config: EngineConfig, plan: Plan, device: torch.device) -> str:
+    """How the engine computes, in words for people."""
+    rounded = ", rounded to 8 bits where weights are quantised" if not config.exact and device.type == "cpu" else ""
+    return f"activations in {config.dtype}{rounded}, KV cache in {plan.kv_type}"
 
 
 def verify(runner: ModelRunner, prompts: list[list[int]]) -> dict[str, Any]:
@@ -74,8 +85,11 @@ def verify(runner: ModelRunner, prompts: list[list[int]]) -> dict[str, Any]:
     run_error (as the engine runs) are judged; max_error and rms are run_error's difference relative to the largest
     element and to the mean square of the layer's output; drift is max_error of the chain that ran on its own;
     embedding_error, lm_head_error: exact; kl_mean, kl_max: of whole || split over the positions; top1_agreement;
-    whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank, or None;
-    tolerance, run_tolerance, kl_tolerance. Raises InputError for prompts longer than the context.
+    whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank: what differs from the
+    file, or None; not_finite_tensor, not_finite_rank: what holds NaN or infinity where the file does, or None;
+    tolerance, run_tolerance, kl_tolerance; arithmetic: how the engine runs, in words.
+    An error that is not finite is NOT_FINITE; kl_mean, kl_max and top1_agreement are None where logits are not finite.
+    Raises InputError for prompts longer than the context.
     """
     with torch.inference_mode():
         return _Verification(runner, prompts).run()
@@ -119,6 +133,8 @@ class _Verification:
         self.exact_kernels = make_kernels(self.device, exact=True)
         self.whole = _WholeChain(runner, self.ids, self.inputs, max(self.lengths)) if runner.rank == 0 else None
         self.bad: tuple[str, int] | None = None
+        self.not_finite: tuple[str, int] | None = None
+        self.finite = True
         self.ok = True
 
     def run(self) -> dict[str, Any]:
@@ -150,8 +166,9 @@ class _Verification:
             )
         final = self._share(self.whole.hidden if self.whole else None)
         # Every rank normalises for itself, so every rank's result is looked at.
-        self._judge(_layer_error(exact_hidden, final, torch.zeros_like(final)), ["output_norm.weight"])
-        return self._report(embedding_error, layers, final, own[0])
+        norm_error = self._judge(_layer_error(exact_hidden, final, torch.zeros_like(final)), ["output_norm.weight"])
+        head = {"embedding_error": embedding_error, "output_norm_error": norm_error}
+        return self._report(head, layers, final, own[0])
 
     def _normed(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """The layer's input of the stream x, in the compute dtype."""
@@ -176,15 +193,24 @@ class _Verification:
         worst = max(errors)
         if worst > limit:
             self.ok = False
+            names = list(names)
             if self.bad is None:
                 self.bad = first_bad_tensor(self.runner, names)
+            # Whatever follows is not finite either, so only the first place tells anything.
+            if worst >= NOT_FINITE and self.finite:
+                self.finite = False
+                self.not_finite = first_not_finite(self.runner, names)
         return worst
 
     def _layer_tensors(self, index: int) -> list[str]:
         return [t.name for t in self.plan.tensors.values() if t.decl.layer == index]
 
     def _report(
-        self, embedding_error: float, layers: list[dict[str, Any]], whole_hidden: torch.Tensor, own_hidden: torch.Tensor
+        self,
+        errors: dict[str, float],
+        layers: list[dict[str, Any]],
+        whole_hidden: torch.Tensor,
+        own_hidden: torch.Tensor,
     ) -> dict[str, Any]:
         wanted = self.whole.decoder.logits(whole_hidden) if self.whole else None
         exact_head = LMHead(self.plan, self.runner.rank, self.runner.weights, self.exact_kernels, self.group)
@@ -196,20 +222,25 @@ class _Verification:
         )
         divergence = _kl_divergence(reference, logits)
         whole_top1, split_top1 = reference.argmax(-1), logits.argmax(-1)
-        kl_mean = _finite(float(divergence.mean()))
+        kl_mean = float(divergence.mean())
+        # A row of NaN has a "likeliest" id too, so agreement would mean nothing.
+        known = math.isfinite(kl_mean)
         result = {
-            "ok": self.ok and kl_mean <= self.tolerance.kl,
+            "ok": self.ok and known and kl_mean <= self.tolerance.kl,
             "layers": layers,
-            "embedding_error": embedding_error,
+            **errors,
             "lm_head_error": head_error,
-            "kl_mean": kl_mean,
-            "kl_max": _finite(float(divergence.max())),
-            "top1_agreement": float((whole_top1 == split_top1).float().mean()),
+            "kl_mean": kl_mean if known else None,
+            "kl_max": float(divergence.max()) if known else None,
+            "top1_agreement": float((whole_top1 == split_top1).float().mean()) if known else None,
             "whole_top1": [part.tolist() for part in whole_top1.split(self.lengths)],
             "split_top1": [part.tolist() for part in split_top1.split(self.lengths)],
             "positions": len(self.ids),
             "first_bad_tensor": self.bad[0] if self.bad else None,
             "first_bad_rank": self.bad[1] if self.bad else None,
+            "not_finite_tensor": self.not_finite[0] if self.not_finite else None,
+            "not_finite_rank": self.not_finite[1] if self.not_finite else None,
+            "arithmetic": arithmetic(self.runner.config, self.plan, self.device),
             "tolerance": LAYER_TOLERANCE,
             "run_tolerance": self.tolerance.layer,
             "kl_tolerance": self.tolerance.kl,
@@ -221,13 +252,34 @@ def first_bad_tensor(runner: ModelRunner, names: Iterable[str]) -> tuple[str, in
     """Collective: the first of the tensors whose resident slice is not, bit for bit, what the file says, and the rank
     that holds it; None when all are right (then the computation is wrong, not the weights)."""
     names = list(names)
-    own = [name for name in names if not _slice_is_right(runner, runner.plan.tensors[name])]
+    return _first(runner, names, [name for name in names if not _slice_is_right(runner, runner.plan.tensors[name])])
+
+
+def first_not_finite(runner: ModelRunner, names: Iterable[str]) -> tuple[str, int] | None:
+    """Collective: the first of the tensors whose resident slice holds NaN or infinity, and the rank that holds it."""
+    names = list(names)
+    return _first(runner, names, [name for name in names if not _is_finite(runner.weights.get(name))])
+
+
+def _first(runner: ModelRunner, names: list[str], own: list[str]) -> tuple[str, int] | None:
+    """The first of `names` that is among any rank's own, and the first such rank."""
     everyone: list[list[str]] = runner.group.gather_objects(own)  # type: ignore[assignment]
     for name in names:
-        for rank, wrong in enumerate(everyone):
-            if name in wrong:
+        for rank, found in enumerate(everyone):
+            if name in found:
                 return name, rank
     return None
+
+
+def _is_finite(weight: QuantTensor | torch.Tensor | None) -> bool:
+    """Of all weights, dequantised a bounded number at a time. None: this rank holds no part."""
+    if weight is None:
+        return True
+    if not isinstance(weight, QuantTensor):
+        return bool(weight.isfinite().all())
+    step = max(1, _FINITE_CHUNK // max(1, weight.cols))
+    chunks = (slice(start, min(start + step, weight.rows)) for start in range(0, weight.rows, step))
+    return all(bool(dequantize(weight, chunk).isfinite().all()) for chunk in chunks)
 
 
 def _slice_is_right(runner: ModelRunner, tensor: TensorPlan) -> bool:
@@ -256,7 +308,11 @@ def _slice_is_right(runner: ModelRunner, tensor: TensorPlan) -> bool:
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
+    """Of two float32 tensors. Any NaN equals any other: arithmetic leaves open which bits one gets."""
+    if a.shape != b.shape:
+        return False
+    same = a.contiguous().view(torch.int32) == b.contiguous().view(torch.int32)
+    return bool((same | (a.isnan() & b.isnan())).all())
 
 
 def _inputs(lengths: list[int], block_size: int, device: torch.device) -> AttentionInputs:
@@ -291,8 +347,7 @@ def _whole_plan(plan: Plan, context: int) -> Plan:
 
 
 def _finite(value: float) -> float:
-    """JSON has no NaN: what is not a number is as wrong as can be."""
-    return value if math.isfinite(value) else 1e30
+    return value if math.isfinite(value) else NOT_FINITE
 
 
 def _layer_error(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
