@@ -60,7 +60,7 @@ def tolerance(config: EngineConfig, plan: Plan, device: torch.device) -> Toleran
 
     Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; with a float16
     cache 3e-3 and 4e-6; float16 3e-3 and 7e-5; bfloat16 4e-2 and 8e-3. Activations rounded to 8 bits, over 1, 2 and 3
-    CPU ranks and five prompts of about 20 to 60 tokens: SmolLM2 9.2e-2 and 5.0e-3, Gemma 1.8e-1 and 3.2e-3 (up to 7.4e-2 at a
+    CPU ranks and five prompts of about 20 to 60 tokens: SmolLM2 9.2e-2 and 5.0e-3, Gemma 1.8e-1 and 3.2e-3 (7.4e-2 at a
     single position). The number of ranks moves the KL by a fifth, and the error of a layer not at all.
     """
     if not config.exact and device.type == "cpu":
