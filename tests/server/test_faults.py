@@ -238,19 +238,23 @@ def test_keys_are_asked_for_and_can_be_revoked(model: Path, tmp_path: Path) -> N
 
 
 def test_the_audit_log_has_each_request_without_its_content(model: Path, tmp_path: Path) -> None:
-    path = tmp_path / "audit.jsonl"
+    path, script = tmp_path / "audit.jsonl", Script()
     with (
-        scripted_server(model, audit_log=path, model_digest="sha256:feed") as server,
+        scripted_server(model, script, audit_log=path, model_digest="sha256:feed") as server,
         httpx.Client(base_url=server.url) as client,
     ):
         client.post(CHAT, json={"messages": MESSAGES})
         client.post(CHAT, json={"messages": MESSAGES, "stream": True})
         client.post("/v1/completions", json={"prompt": "secret words", "max_tokens": 1})
-        client.post(CHAT, json={"messages": MESSAGES, "grammar": "nonsense"})
+        client.post(CHAT, json={"messages": MESSAGES, "logit_bias": {"1000000": 1}})
+        with pytest.raises(httpx.ReadTimeout):
+            script.step_seconds = 0.05
+            client.post(CHAT, json={"messages": MESSAGES, "ignore_eos": True, "max_tokens": 500}, timeout=0.3)
+        assert eventually(lambda: len(path.read_text().splitlines()) == 10)
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["event"] for record in records] == ["request", "response"] * 4
-    assert [record["outcome"] for record in records[1::2]] == ["stop", "stop", "length", "error 400"]
-    assert [record["completion_tokens"] for record in records[1::2]] == [17, 17, 1, 0]
+    assert [record["event"] for record in records] == ["request", "response"] * 5
+    assert [record["outcome"] for record in records[1::2]] == ["stop", "stop", "length", "error 400", "cancelled"]
+    assert [record["completion_tokens"] for record in records[1:-1:2]] == [17, 17, 1, 0]
     assert all(record["key"] == "anonymous" and record["model_digest"] == "sha256:feed" for record in records)
     assert "secret" not in path.read_text() and "tide comes" not in path.read_text()
 

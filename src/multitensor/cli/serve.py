@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from multitensor.server.settings import ServerSettings
 
 
+class PrefixCache(StrEnum):
+    SHARED = "shared"
+    KEY = "key"
+    OFF = "off"
+
+
 class LogFormat(StrEnum):
     TEXT = "text"
     JSON = "json"
@@ -53,6 +59,10 @@ def command(
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
     seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
+    prefix_cache: Annotated[
+        PrefixCache,
+        typer.Option(help="Who reuses what was computed of a common beginning: all, those of one key, none."),
+    ] = PrefixCache.SHARED,
     name: Annotated[
         str | None, typer.Option(help="What clients call the model. Default: the file's name.", show_default=False)
     ] = None,
@@ -114,6 +124,7 @@ def command(
         dtype=dtype,
         kv_type=kv_type,
         seed=seed,
+        prefix_cache=prefix_cache.value,
     )
     for warning in prepared.plan.warnings:
         warn(warning)

@@ -225,6 +225,11 @@ class AsyncEngine:
 
             return await self._answer(future, add, cancel)
 
+    def compile_grammar(self, spec: Any) -> None:
+        """Checks an engine.grammar.GrammarSpec and keeps it compiled, so that `generate` with it does not hold up the
+        engine. Any thread; takes up to seconds. Raises InputError."""
+        self._known.compile_grammar(spec)
+
     async def memory(self) -> list[dict[str, int]]:
         """Bytes that each rank holds, measured between steps."""
         measured = await self._between_steps(lambda engine: engine.call("memory"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -12,12 +13,14 @@ from typing import Any
 from fastapi import Request
 
 from multitensor.errors import MultitensorError, Overloaded, RankFailed
-from multitensor.server.audit import AuditLog
+from multitensor.server.audit import AuditError, AuditLog
 from multitensor.server.auth import AuthError, Key, KeyStore, authenticate
-from multitensor.server.errors import ApiError, to_api_error
+from multitensor.server.errors import ApiError, HungUp, to_api_error
 from multitensor.server.limits import RateLimiter, StreamLimiter
 from multitensor.server.metrics import Metrics
 from multitensor.server.settings import ServerSettings, is_loopback
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,21 +105,32 @@ class Access:
             raise ApiError(429, verdict.reason, code="too_many_streams", headers=verdict.headers)
         try:
             await self._write("request", record)
-            try:
-                yield record
-            except (GeneratorExit, asyncio.CancelledError):
-                record.outcome = "cancelled"
-                raise
-            except Exception as error:
-                if isinstance(error, Overloaded):
-                    self._metrics.request_refused("overloaded")
-                record.outcome = f"error {_name_of(error)}"
-                raise
-            finally:
-                self.rates.charge(record.key, record.completion_tokens)
-                await self._write("response", record)
+            yield record
+        except AuditError:
+            self._metrics.request_refused("audit")
+            raise
+        except (GeneratorExit, asyncio.CancelledError, HungUp):
+            record.outcome = "cancelled"
+            await self._end(record)
+            raise
+        except Exception as error:
+            if isinstance(error, Overloaded):
+                self._metrics.request_refused("overloaded")
+            record.outcome = f"error {_name_of(error)}"
+            await self._end(record)
+            raise
+        else:
+            await self._end(record)
         finally:
             self.streams.leave(record.key)
+
+    async def _end(self, record: Record) -> None:
+        """An answer whose end cannot be written down is not taken back: its beginning is in the log."""
+        self.rates.charge(record.key, record.completion_tokens)
+        try:
+            await self._write("response", record)
+        except AuditError as error:
+            logger.error("the end of an answer is missing in the audit log: %s", error)
 
     async def _write(self, event: str, record: Record) -> None:
         if self.audit is None:

@@ -60,6 +60,8 @@ class ChatPrompt:
         self._begun = marks is not None and self._reasoning_begun(marks)
         if self._tools:
             self.grammar = self._tool_grammar(body)
+        if self.grammar is not None:
+            service.engine.compile_grammar(self.grammar)
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """With control tokens in the text where they mark what the parser looks for."""

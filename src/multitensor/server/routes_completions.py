@@ -58,6 +58,8 @@ class _Answer:
             prompts=len(self.prompts),
         )
         self.grammar = grammar_of(body)
+        if self.grammar is not None:
+            service.engine.compile_grammar(self.grammar)
         self.echoes = self._echoes()
         self.head = {
             "id": new_id("cmpl"),
