@@ -7,17 +7,23 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from scripted import eventually, texts
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from scripted import eventually, make_model, texts
 
 pytestmark = pytest.mark.processes
 
@@ -201,8 +207,6 @@ def test_sigterm_lets_answers_end_and_ends_the_ranks(smollm2_path: Path) -> None
     ],
 )
 def test_wrong_options_are_one_line_and_exit_code_2(tmp_path: Path, arguments: list[str], said: str) -> None:
-    from scripted import make_model
-
     model = make_model(tmp_path)
     found = subprocess.run(
         [sys.executable, "-m", "multitensor", "serve", str(model), "--port", "0", *arguments],
@@ -225,3 +229,62 @@ def test_a_port_is_checked_before_the_model_is_looked_at() -> None:
             timeout=60,
         )
     assert found.returncode == 2 and port in found.stderr and "in use" in found.stderr
+
+
+@pytest.mark.models
+def test_a_required_tool_is_called(client: openai.OpenAI) -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": parameters, "strict": True}}
+    answer = client.chat.completions.create(
+        model="smollm2",
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+        tools=[tool],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        temperature=0,
+        max_tokens=80,
+    )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function" and call.function.name == "get_weather"
+    assert isinstance(json.loads(call.function.arguments)["city"], str)
+    assert answer.choices[0].finish_reason == "tool_calls"
+
+
+def test_tls(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    write_certificate(cert, key)
+    server = Serving(str(make_model(tmp_path)), "--port", "0", "--tls-cert", str(cert), "--tls-key", str(key))
+    try:
+        url = server.url()
+        assert url.startswith("https://127.0.0.1:")
+        assert httpx.get(f"{url}/ready", verify=ssl.create_default_context(cafile=str(cert))).status_code == 200
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/ready")  # nobody signed it
+        assert server.end() == 0
+    finally:
+        server.kill()
+
+
+def write_certificate(cert: Path, key: Path) -> None:
+    """For 127.0.0.1, signed by itself."""
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    found = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    cert.write_bytes(found.public_bytes(serialization.Encoding.PEM))
+    key.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
