@@ -254,3 +254,35 @@ def test_uniforms_depend_on_seed_and_position_only_and_are_uniform() -> None:
     counts = np.bincount((np.array(values) * 20).astype(int), minlength=20)
     assert ((counts - 500) ** 2 / 500).sum() < 43.8  # 99.9% quantile for 19 degrees of freedom
     assert derive_seed(1, 2) != derive_seed(2, 1) and derive_seed(-1) == derive_seed(2**64 - 1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(st.data())
+@settings(max_examples=25, deadline=None)
+def test_only_what_a_mask_allows_is_sampled(device: str, data: st.DataObject) -> None:
+    """Greedy takes the best of the allowed; random draws stay among them; rows without a mask are as they were."""
+    vocab, rows = 77, 4
+    rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
+    logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
+    sampler = Sampler(rows, vocab, 16, torch.device(device))
+    for slot in range(rows):
+        sampler.admit(setup(slot, temperature=float(slot % 2), top_k=data.draw(st.sampled_from([0, 3]))))
+    sets = {row: rng.choice(vocab, rng.integers(1, 12), replace=False) for row in data.draw(st.sets(st.integers(0, 3)))}
+    masks = {}
+    for row, tokens in sets.items():
+        bits = np.zeros(96, np.uint8)
+        bits[tokens] = 1
+        masks[row] = np.packbits(bits, bitorder="little").view(np.uint32)
+    slots, uniforms = np.arange(rows), rng.random(rows)
+    given_logits = torch.from_numpy(logits).to(device)
+    ids = sampler.sample(given_logits, slots, uniforms, masks)[0].tolist()
+    assert torch.equal(given_logits.cpu(), torch.from_numpy(logits))
+    for row, tokens in sets.items():
+        assert ids[row] in tokens
+        if row % 2 == 0:
+            assert ids[row] == max(tokens, key=lambda token: logits[row, token])
+    fresh = Sampler(rows, vocab, 16, torch.device(device))
+    for slot in range(rows):
+        fresh.admit(sampler._setup(slot))
+    free = fresh.sample(given_logits, slots, uniforms)[0].tolist()
+    assert all(ids[row] == free[row] for row in range(rows) if row not in sets)

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ PARALLEL_MASKS = 6
 # Bounds of compiling, in llguidance's units; its own let a regex of twenty characters work for 15 seconds.
 LEXER_FUEL = 200_000
 LEXER_STATES = 50_000
+PARSER_ITEMS = 20_000
+SLOWEST_MASK = 0.5  # seconds; a grammar that takes longer at its very beginning would hold up everyone's tokens
 # JSON may have this between its parts. Unlimited, small models write blanks until they are cut off.
 JSON_WHITESPACE = r"[ \t\n\r]{0,32}"
 
@@ -224,7 +227,13 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         vocabulary = self._prepared()
-        limits = LLParserLimits(initial_lexer_fuel=LEXER_FUEL, max_lexer_states=LEXER_STATES, verbose_errors=False)
+        limits = LLParserLimits(
+            initial_lexer_fuel=LEXER_FUEL,
+            step_lexer_fuel=LEXER_FUEL // 2,
+            step_max_items=PARSER_ITEMS,
+            max_lexer_states=LEXER_STATES,
+            verbose_errors=False,
+        )
         try:
             matcher = LLMatcher(vocabulary, _llguidance(spec), log_level=0, limits=limits)
         except InputError:
@@ -232,10 +241,13 @@ class GrammarCompiler:
         except ValueError as error:
             raise InputError(f"{_described(spec)}: {_one_line(error)}") from None
         mask = np.zeros(self._words, np.uint32)
+        started = time.perf_counter()
         if not matcher.is_error():
             matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         if matcher.is_error():
             raise InputError(f"{_described(spec)}: {_one_line(matcher.get_error())}")
+        if time.perf_counter() - started > SLOWEST_MASK:
+            raise InputError(f"{_described(spec)}: it takes too long to follow; make it simpler")
         if not mask.any():
             raise InputError(f"no text follows {_described(spec).removesuffix(' is not supported')}")
         return matcher, mask
@@ -305,6 +317,8 @@ def _llguidance(spec: GrammarSpec) -> str:
         if spec.whitespace == "":
             options = {"whitespace_flexible": False}
         return LLMatcher.grammar_from_json_schema(text, defaults=options, overrides={"lenient": False})
+    if text.count("::=") > MAX_REFERENCES:
+        raise InputError(f"the grammar has more than the {MAX_REFERENCES} rules allowed")
     if spec.kind == "gbnf" and not _LARK.search(text):
         try:
             text = gbnf_to_lark(text)

@@ -191,6 +191,8 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """The next step, which counts as under way from now on; None when there is nothing to compute before the
         results of the steps under way are known."""
+        if self._awaits_grammars():
+            return None
         preemptions = self.preemptions
         newcomers = self._newcomers()
         sizes = _shares(self.max_batch_tokens, [(s, s.remaining) for s in self.running], newcomers)
@@ -208,6 +210,12 @@ class Scheduler:
         self._under_way.append((step, chunks))
         setups = tuple(replace(started.setup, slot=started.slot) for started in self.started if started.setup)
         return _step_input(step, chunks, setups)
+
+    def _awaits_grammars(self) -> bool:
+        """Whether the results under way should come first: those whose next token depends on them would otherwise
+        take turns with those admitted meanwhile, half a batch each, for as long as they live."""
+        constrained = all(sequence.grammar is not None for sequence in self.running)
+        return constrained and any(sequence.pending for sequence in self.running)
 
     def collect(self, output: StepOutput) -> Iterator[Update]:
         """Takes the result of the oldest step under way. Each update is applied before it is yielded, and sequences
