@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from multitensor.engine.request import PositionScore as PositionScore
     from multitensor.engine.request import RequestOutput as RequestOutput
     from multitensor.engine.request import SamplingParams as SamplingParams
+    from multitensor.engine.request import StructuredOutputsParams as StructuredOutputsParams
     from multitensor.errors import CheckFailed as CheckFailed
     from multitensor.errors import DoesNotFit as DoesNotFit
     from multitensor.errors import InputError as InputError
@@ -26,6 +27,7 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "LLM": "multitensor.engine.llm",
     "SamplingParams": "multitensor.engine.request",
+    "StructuredOutputsParams": "multitensor.engine.request",
     "RequestOutput": "multitensor.engine.request",
     "CompletionOutput": "multitensor.engine.request",
     "Logprob": "multitensor.engine.request",
