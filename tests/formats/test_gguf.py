@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from multitensor.errors import InputError
+from multitensor.formats import gguf as gguf_reader
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from synthetic import write_gguf
 
@@ -206,6 +207,29 @@ def test_split_files_with_a_tensor_twice_or_too_few(tmp_path: Path) -> None:
     assert list(open_checkpoint(second).tensors) == ["a", "b"]
     write(first, part(0, "a", 3))
     refused(second, "hold 2 tensors, split.tensors.count says 3")
+
+
+@pytest.mark.parametrize("window", [1, 8, 9, 64, 100, 1 << 20])
+@pytest.mark.parametrize("likely", [1, 64])
+def test_strings_of_any_length_whatever_the_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, likely: int
+) -> None:
+    monkeypatch.setattr(gguf_reader, "_WINDOW_BYTES", window)
+    monkeypatch.setattr(gguf_reader, "_LIKELY_STRING", likely)
+    strings = ["", "a", "ß" * 40, *("x" * n for n in range(120)), "", "", "z" * 3000, "日本"]
+    array = struct.pack("<IQ", STRING, len(strings)) + b"".join(text(value) for value in strings)
+    path = write(tmp_path / "m.gguf", header([ARCHITECTURE, key("k", ARRAY, array), key("after", U32, b"\7\0\0\0")]))
+    metadata = open_checkpoint(path).metadata
+    assert (metadata["k"], metadata["after"]) == (strings, 7)
+    broken = array[:-6] + b"\xff" * 6
+    refused(
+        write(path, header([ARCHITECTURE, key("k", ARRAY, broken)])),
+        f"string {len(strings) - 1} of .* is not valid UTF-8",
+    )
+    refused(
+        write(path, header([ARCHITECTURE, key("k", ARRAY, array)])[:-1]),
+        f"string {len(strings) - 1} of .* runs past the end",
+    )
 
 
 HUGE = 1 << 62

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections.abc import Callable
@@ -130,6 +129,8 @@ def command(
         warn(warning)
     if not settings.loopback and api_keys is None:
         warn(f"everybody who reaches {settings.url} may use this server; --api-keys FILE asks for a key")
+    import asyncio  # here, as every command imports this file
+
     # One loop for both: the engine belongs to the loop in which it was started.
     with asyncio.Runner() as runner:
         engine = AsyncEngine(open_engine, max_waiting=max_waiting)
