@@ -12,7 +12,7 @@ from synthetic import write_gguf
 PLAN = """
 import contextlib, io, json, sys
 from multitensor.cli.main import main
-sys.argv = ["multitensor", "plan", sys.argv[1], "--devices", "1GiB,1GiB"]
+sys.argv = ["multitensor", "plan", sys.argv[1], "--devices", "8GiB,8GiB"]
 with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
     main()
 assert "Who computes what" in printed.getvalue()
