@@ -14,6 +14,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard src/multitensor/kernels/c
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then $(BIN)/python -m pip install --quiet -e '.[cuda]'; fi
 	touch $@
 
 models: install
