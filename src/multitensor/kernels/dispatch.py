@@ -13,6 +13,8 @@ from multitensor.kernels.torch_kernels import Kernels
 
 __all__ = ["Kernels", "make_kernels"]
 
+OLDEST_CAPABILITY = (8, 0)  # the integer products of kernels/cuda are not in older tensor cores
+
 
 def make_kernels(device: torch.device, exact: bool, threads: int | None = None) -> Kernels:
     """The best kernels for a device: native ones on a CPU where they are built, CUDA C++ on NVIDIA GPUs, else torch.
@@ -24,8 +26,8 @@ def make_kernels(device: torch.device, exact: bool, threads: int | None = None) 
         built = native.load(threads or torch.get_num_threads())
         if built is not None:
             return CpuKernels(device, exact, built)
-    if device.type == "cuda" and not exact:
-        if importlib.util.find_spec("cuda.core") is not None:
+    if device.type == "cuda" and not exact and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY:
+        if importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.core") is not None:
             from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 
             return CudaKernels(device, exact)
