@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from model_harness import logits_in_steps, random_prompts, relative_error
 
+from model_harness import logits_in_steps, random_prompts, relative_error
 from synthetic import tiny_hf
 
 LLAMA3_ROPE = {

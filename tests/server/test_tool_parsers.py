@@ -88,7 +88,12 @@ CASES = [
     ),
     ("mistral", "[TOOL_CALLS] I cannot {", "[TOOL_CALLS] I cannot {", []),
     ("gemma", '```tool_code\nadd(a=1, b="x")\n```', None, [("add", '{"a": 1, "b": "x"}')]),
-    ("gemma", "```tool_code\nprint(add(a=-1))\nget_weather()\n```", None, [("add", '{"a": -1}'), ("get_weather", "{}")]),
+    (
+        "gemma",
+        "```tool_code\nprint(add(a=-1))\nget_weather()\n```",
+        None,
+        [("add", '{"a": -1}'), ("get_weather", "{}")],
+    ),
     ("gemma", "[add(a=1), get_weather(city='Ulm')]", None, [("add", '{"a": 1}'), ("get_weather", '{"city": "Ulm"}')]),
     ("gemma", 'So:\n```json\n{"name": "add", "parameters": {"a": 1}}\n```', "So:\n", [("add", '{"a": 1}')]),
     ("gemma", '[{"name": "add", "parameters": {}}]', None, [("add", "{}")]),

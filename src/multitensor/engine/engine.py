@@ -122,7 +122,8 @@ class Engine:
         return ids
 
     def check_params(self, params: SamplingParams) -> None:
-        """InputError where params do not suit the model at hand."""
+        """InputError where params are wrong, or do not suit the model at hand."""
+        params.validate()
         vocab_size = self.plan.spec.vocab_size
         for name, ids in (("stop_token_ids", params.stop_ids), ("logit_bias", tuple(params.logit_bias or ()))):
             wrong = next((token for token in ids if token >= vocab_size), None)
