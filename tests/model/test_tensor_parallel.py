@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_harness import cpu_plan, logits_in_steps, random_prompts, relative_error
 
+from model_harness import cpu_plan, logits_in_steps, random_prompts, relative_error
 from multitensor.formats.checkpoint import open_checkpoint
 from multitensor.sharding.plan import Slice
 from synthetic import write_gguf
