@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from multitensor.kernels.cpu.library import LEVELS, load_library
+from multitensor.kernels.cpu.binding import LEVELS, load_library
 from multitensor.kernels.cpu.native import NativeKernels, load
 
 LIBRARY = load_library()

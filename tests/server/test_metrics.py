@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from multitensor.engine.async_engine import EngineSnapshot
 from multitensor.engine.prepare import prepare
+from multitensor.engine.statistics import EngineSnapshot
 from multitensor.server.hardware import HardwareReader, Reading
 from multitensor.server.metrics import Metrics
 from multitensor.sharding.plan import Plan

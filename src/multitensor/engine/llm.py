@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from multitensor.config import EngineConfig
 from multitensor.engine.engine import Engine, EngineStats
 from multitensor.engine.executor import Executor, Progress
+from multitensor.engine.prompts import Prompt, id_list, params_list, progress_bar, prompt_list
 from multitensor.engine.request import PositionScore, RequestOutput, SamplingParams
 from multitensor.engine.request_state import Request
 from multitensor.errors import InputError
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from multitensor.sharding.memory import DeviceMemory
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int] | Mapping[str, Any]
 
 VERIFY_TEXTS = (
     "The tide comes in twice a day, and the harbour fills with boats that have nowhere else to go.",
@@ -214,7 +214,7 @@ class LLM:
         use_tqdm: vLLM's name for the bar.
         InputError before anything runs when one prompt is wrong, such as longer than the context.
         """
-        parsed = [self._parse(prompt) for prompt in _prompt_list(prompts)]
+        parsed = [self._parse(prompt) for prompt in prompt_list(prompts)]
         return self._generate(parsed, sampling_params, progress or use_tqdm)
 
     def chat(
@@ -279,9 +279,9 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         progress: bool | Callable[[int, int], None],
     ) -> list[RequestOutput]:
-        params = _params_list(sampling_params, len(prompts))
+        params = params_list(sampling_params, len(prompts))
         requests: list[Request] = []
-        with self._exclusive() as engine, _progress(progress) as report:
+        with self._exclusive() as engine, progress_bar(progress) as report:
             for (_, ids), each in zip(prompts, params, strict=True):
                 engine.check_prompt(ids)
                 engine.check_params(each)
@@ -307,7 +307,7 @@ class LLM:
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens left out."""
-        tokenizer, known, size = self._need_tokenizer("detokenize"), _id_list(ids), self._plan.spec.vocab_size
+        tokenizer, known, size = self._need_tokenizer("detokenize"), id_list(ids), self._plan.spec.vocab_size
         wrong = next((token for token in known if not 0 <= token < size), None)
         if wrong is not None:
             raise InputError(f"detokenize: {wrong} is not a token id of this model, which has 0 to {size - 1}")
@@ -335,7 +335,7 @@ class LLM:
     def score(self, ids: Sequence[int], top: int = 10) -> list[PositionScore]:
         """The model's distribution after each of the ids: `top` best ids with their log-probabilities (natural), and
         that of the id that follows in `ids` (None at the end). Texts longer than a step are computed in chunks."""
-        known = _id_list(ids)
+        known = id_list(ids)
         if isinstance(top, bool) or not isinstance(top, Integral):
             raise InputError(f"score: top must be an integer, not {top!r}")
         with self._exclusive() as engine:
@@ -402,11 +402,11 @@ class LLM:
         """(text or None, token ids)."""
         if isinstance(prompt, Mapping):
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _id_list(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), id_list(prompt["prompt_token_ids"])
             prompt = prompt.get("prompt", prompt)
         if isinstance(prompt, str):
             return prompt, self._encode(prompt)
-        return None, _id_list(prompt)
+        return None, id_list(prompt)
 
     def _encode(self, text: str) -> list[int]:
         """A text prompt's ids. It gets BOS where the model wants one; a text that spells BOS at its start gets no
@@ -423,46 +423,3 @@ def _alias(name: str, value: int | None, alias: str, alias_value: int | None) ->
     if value is not None and alias_value is not None and value != alias_value:
         raise InputError(f"{name}={value} and {alias}={alias_value} are two names of one setting; give one of them")
     return value if value is not None else alias_value
-
-
-def _id_list(ids: object) -> list[int]:
-    """Token ids from any sequence of integers (lists, tuples, arrays). Raises InputError for anything else."""
-    values = ids.tolist() if hasattr(ids, "tolist") else ids
-    good = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
-    if not good or not all(isinstance(value, Integral) and not isinstance(value, bool) for value in values):  # type: ignore[union-attr]
-        raise InputError(f"a text, or a list of token ids, is wanted here, not {str(ids)[:60]!r}")
-    return [int(value) for value in values]  # type: ignore[union-attr]
-
-
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    values: Any = prompts.tolist() if hasattr(prompts, "tolist") else prompts
-    if isinstance(values, (str, bytes, Mapping)) or not isinstance(values, Sequence):
-        return [values]
-    if values and isinstance(values[0], Integral):
-        return [values]
-    return list(values)
-
-
-def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InputError(f"{count} prompts but {len(params)} sampling_params; give one for all, or one each")
-    return list(params)
-
-
-@contextmanager
-def _progress(wanted: bool | Callable[[int, int], None]) -> Iterator[Callable[[int, int], None] | None]:
-    if callable(wanted):
-        yield wanted
-    elif not wanted:
-        yield None
-    else:
-        from rich.console import Console
-        from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
-
-        columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task("prompts", total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)

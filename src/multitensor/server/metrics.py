@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from multitensor.engine.async_engine import EngineSnapshot
+from multitensor.engine.statistics import EngineSnapshot
 from multitensor.server.hardware import HardwareReader, Reading
 from multitensor.sharding.memory import device_memory
 from multitensor.sharding.plan import Plan

@@ -18,7 +18,7 @@ import torch
 
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.cpu.library import LEVELS, PLANES, TYPE_IDS, AttentionStruct, WeightStruct, load_library
+from multitensor.kernels.cpu.binding import LEVELS, PLANES, TYPE_IDS, AttentionStruct, WeightStruct, load_library
 from multitensor.kernels.quant_tensor import QuantTensor
 
 CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
