@@ -9,6 +9,7 @@ import pytest
 from multitensor import LLM
 from multitensor.cli.verify import _print
 from multitensor.engine.verify import NOT_FINITE
+from multitensor.kernels.cpu import native
 
 FINE: dict[str, Any] = {
     "ok": True,
@@ -96,6 +97,10 @@ def test_real_models_are_well_within_the_default_tolerances(model: str, request:
     assert report["ok"]
     assert max(entry["error"] for entry in report["layers"]) < report["tolerance"] / 2
     run_error = max(entry["run_error"] for entry in report["layers"])
-    assert report["run_tolerance"] / 10 < run_error < report["run_tolerance"] / 2
-    assert report["kl_tolerance"] / 15 < report["kl_mean"] < report["kl_tolerance"] / 2
-    assert "8 bits" in report["arithmetic"]
+    assert run_error < report["run_tolerance"] / 2
+    assert report["kl_mean"] < report["kl_tolerance"] / 2
+    rounds = native.load() is not None
+    assert ("8 bits" in report["arithmetic"]) == rounds
+    if rounds:
+        assert run_error > report["run_tolerance"] / 10
+        assert report["kl_mean"] > report["kl_tolerance"] / 15

@@ -322,7 +322,7 @@ def test_grammars_go_with_everything_else(llm: LLM) -> None:
         assert answer.finish_reason == "stop" and re.fullmatch(regex, answer.text)
         assert answer.logprobs is not None and len(answer.logprobs) == len(answer.token_ids)
     assert len({answer.text for answer in both[0].outputs}) > 1
-    again = llm.generate("Is it so?", params)[0]
+    again = llm.generate(["Is it so?", "The sky is"], [params, plain])[0]  # the same batch: the same bits
     assert [a.text for a in again.outputs] == [a.text for a in both[0].outputs]
     stopped = llm.generate("x", SamplingParams(stop=":", temperature=0.0, structured_outputs=structured(regex=regex)))
     assert stopped[0].outputs[0].text in ("yes", "no", "maybe")
