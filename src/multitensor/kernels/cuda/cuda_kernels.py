@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -115,7 +115,7 @@ class CudaKernels(Kernels):
             return super().logits(hidden, w)
         if hidden.shape[0] <= FEW_TOKENS:
             return self.partial_linear(hidden, w)
-        return torch.cat([self._product(hidden, part) for part in self._parts(tiled[0], hidden.dtype)], dim=1)
+        return torch.cat([self._product(hidden, part) for _, part in self._parts(tiled[0], hidden.dtype)], dim=1)
 
     @staticmethod
     def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -155,17 +155,17 @@ class CudaKernels(Kernels):
         ]
         return products[0] if len(products) == 1 else torch.cat(products)
 
-    def _parts(self, w: TiledTensor, dtype: torch.dtype) -> list[torch.Tensor]:
+    def _parts(self, w: TiledTensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, numbers of some rows from there), one after another, never all at once."""
         rows = max(16, EXPAND_BYTES // (2 * w.cols) // 16 * 16)
-        return [self.tile_kernels.expand(w, dtype, first, rows) for first in range(0, w.rows, rows)]
+        for first in range(0, w.rows, rows):
+            yield first, self.tile_kernels.expand(w, dtype, first, rows)
 
     def _expanded_linear(self, x: torch.Tensor, w: TiledTensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Many tokens: the weights as numbers in x's type, some rows at a time, and cuBLAS."""
         y = x.new_empty((x.shape[0], w.rows))
-        rows = max(16, EXPAND_BYTES // (2 * w.cols) // 16 * 16)
-        for first in range(0, w.rows, rows):
-            numbers = self.tile_kernels.expand(w, x.dtype, first, rows)
-            y[:, first : first + rows] = torch.mm(x, numbers.T)
+        for first, numbers in self._parts(w, x.dtype):
+            y[:, first : first + len(numbers)] = torch.mm(x, numbers.T)
         return y if bias is None else y.add_(bias.to(y.dtype))
 
 

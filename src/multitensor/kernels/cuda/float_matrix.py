@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from multitensor.kernels.cuda.program import Program, launch
+from multitensor.kernels.cuda.program import Program, launch, shared_limit
 
 MAX_TOKENS = 8
 _KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -55,7 +55,7 @@ class FloatKernels:
         self.shape = shape
         properties: Any = torch.cuda.get_device_properties(device)
         self.blocks = properties.multi_processor_count
-        self.shared_limit = properties.shared_memory_per_block_optin
+        self.shared_limit = shared_limit(device)
         self.shared_of_multiprocessor = properties.shared_memory_per_multiprocessor
         self._turns = torch.zeros(2 * _MULTIPROCESSORS, dtype=torch.int32, device=device)
         self._programs: dict[tuple[torch.dtype, torch.dtype, int, Shape], Program] = {}

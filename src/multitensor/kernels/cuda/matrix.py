@@ -14,36 +14,35 @@ from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor
 WARPS = 16
 STAGES = 2
 MAX_MATRICES = 3
-MAX_COLUMNS = 8  # of the tensor core's B operand: tokens, or half as many with 16-bit activations
-MAX_TOKENS = 4  # of one launch: 8-bit activations would take eight, with errors of 1e-2 instead of 5e-5
+MAX_TOKENS = 4  # of one launch: the operand's eight columns hold two bytes a token (docs/adr/0004)
 _NULL = torch.empty(0)  # its address is 0
 _EXPAND = {torch.float16: "expand_half", torch.bfloat16: "expand_bfloat", torch.float32: "expand_float"}
 
 
 class TileKernels:
-    """The kernels of gemv.cu, compiled a type and an activation format at a time when first asked for."""
+    """The kernels of gemv.cu, compiled a pair of types and an activation type at a time when first asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         properties = torch.cuda.get_device_properties(device)
         self.blocks = properties.multi_processor_count
         self.shared_limit = shared_limit(device)
-        self._programs: dict[tuple[tuple[str, str], bool, torch.dtype], Program] = {}
+        self._programs: dict[tuple[tuple[str, str], torch.dtype], Program] = {}
 
     @cached_property
     def overlap(self) -> bool:
         """Programmatic dependent launch exists from compute capability 9.0 on."""
         return torch.cuda.get_device_capability(self.device) >= (9, 0)
 
-    def _program(self, types: tuple[str, str], wide: bool, dtype: torch.dtype) -> Program:
-        key = (types, wide, dtype)
+    def _program(self, types: tuple[str, str], dtype: torch.dtype) -> Program:
+        key = (types, dtype)
         if key not in self._programs:
             defines = {
                 "TYPE": types[0],
                 "TYPE_B": types[1],
                 "NWARPS": WARPS,
                 "NSTAGES": STAGES,
-                "EXACT_MODE": str(wide).lower(),
+                "EXACT_MODE": "true",
                 "BFLOAT_MODE": str(dtype == torch.bfloat16).lower(),
             }
             self._programs[key] = Program("gemv.cu", defines, self.device)
@@ -83,7 +82,7 @@ class TileKernels:
         width = weights[0].rows if gated else sum(w.rows for w in weights)
         y = torch.empty((tokens, width), dtype=torch.float32 if float_out else x.dtype, device=self.device)
         name = "gemv_gated" if gated else "gemv_float" if float_out else "gemv"
-        kernel = self._program(types, True, x.dtype).kernel(name)
+        kernel = self._program(types, x.dtype).kernel(name)
         pad = MAX_MATRICES - len(weights)
         first = weights[0]
         arguments = (
@@ -121,7 +120,7 @@ class TileKernels:
         self, w: TiledTensor, out: torch.Tensor, first: int, groups: int, rows: int, ids: torch.Tensor | None
     ) -> None:
         name = w.type.name
-        kernel = self._program((name, name), True, torch.float16).kernel(_EXPAND[out.dtype])
+        kernel = self._program((name, name), torch.float16).kernel(_EXPAND[out.dtype])
         grid = -(-groups * w.column_blocks // 8)
         arguments = (
             *(w.tiles, out, rows, w.cols, w.phase, w.column_blocks, first, groups),
