@@ -801,6 +801,8 @@ __device__ __forceinline__ void expand_body(const u8* __restrict__ w, void* __re
 #ifndef TYPE_B
 #define TYPE_B TYPE
 #endif
+// Other sources that follow this one in a program take only what stands above.
+#ifndef LEND_DEVICE_FUNCTIONS
 #ifndef NSTAGES
 #define NSTAGES 2
 #endif
@@ -830,3 +832,4 @@ GEMV(gemv_gated, false, true)
 EXPAND(expand_half, 0)
 EXPAND(expand_bfloat, 1)
 EXPAND(expand_float, 2)
+#endif  // LEND_DEVICE_FUNCTIONS

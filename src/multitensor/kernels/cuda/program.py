@@ -28,14 +28,17 @@ def cache_folder() -> Path:
 
 
 class Program:
-    """The kernels of one .cu file with one set of defines, for one device."""
+    """The kernels of one or more .cu files, one behind the other, with one set of defines, for one device.
 
-    def __init__(self, source: str, defines: Mapping[str, object], device: torch.device) -> None:
+    Of several files the last gives the kernels; those before it only lend their device functions.
+    """
+
+    def __init__(self, sources: str | tuple[str, ...], defines: Mapping[str, object], device: torch.device) -> None:
         from cuda.core import ObjectCode
 
         major, minor = torch.cuda.get_device_capability(device)
         self._device = device
-        self._module = ObjectCode.from_cubin(_compiled(source, defines, f"sm_{major}{minor}"))
+        self._module = ObjectCode.from_cubin(_compiled(sources, defines, f"sm_{major}{minor}"))
         self._kernels: dict[str, Any] = {}
 
     def kernel(self, name: str) -> Any:
@@ -108,13 +111,23 @@ def _allow_shared(kernel: Any, device: torch.device) -> None:
         raise RuntimeError(f"cuKernelSetAttribute: {error}")
 
 
-def _compiled(source: str, defines: Mapping[str, object], architecture: str) -> bytes:
+def source_text(sources: str | tuple[str, ...], defines: Mapping[str, object]) -> str:
+    """What the compiler gets: the defines, then the files."""
+    files = (sources,) if isinstance(sources, str) else sources
+    parts = [f"#define {name} {value}\n" for name, value in defines.items()]
+    if len(files) > 1:
+        parts.append("#define LEND_DEVICE_FUNCTIONS\n")
+    return "".join(parts + [(SOURCES / file).read_text() for file in files])
+
+
+def _compiled(sources: str | tuple[str, ...], defines: Mapping[str, object], architecture: str) -> bytes:
     from cuda.core import Program as Compilation
     from cuda.core import ProgramOptions
 
-    text = "".join(f"#define {name} {value}\n" for name, value in defines.items()) + (SOURCES / source).read_text()
+    text = source_text(sources, defines)
     key = hashlib.sha256(f"{architecture}\n{_compiler_version()}\n{text}".encode()).hexdigest()
-    path = cache_folder() / f"{Path(source).stem}-{key[:32]}.cubin"
+    last = sources if isinstance(sources, str) else sources[-1]
+    path = cache_folder() / f"{Path(last).stem}-{key[:32]}.cubin"
     with contextlib.suppress(OSError):
         return path.read_bytes()
     options = ProgramOptions(std="c++17", arch=architecture)
