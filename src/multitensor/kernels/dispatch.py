@@ -13,7 +13,7 @@ from multitensor.kernels.torch_kernels import Kernels
 
 __all__ = ["Kernels", "make_kernels"]
 
-OLDEST_CAPABILITY = (8, 0)  # the integer products of kernels/cuda are not in older tensor cores
+OLDEST_CAPABILITY = (7, 5)  # the integer products of kernels/cuda are not in older tensor cores
 
 
 def make_kernels(device: torch.device, exact: bool, threads: int | None = None) -> Kernels:

@@ -1,0 +1,120 @@
+"""What the Python side asks of the CUDA compiler, found by letting it ask; nothing is compiled, nothing launched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from multitensor.formats.quant_types import QUANT_TYPES
+from multitensor.kernels.cuda import decode, float_matrix, matrix
+from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels
+from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
+from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
+
+CPU = torch.device("cpu")
+HALVES = (torch.float16, torch.bfloat16)
+FLOATS = (*HALVES, torch.float32)
+
+
+@dataclass
+class Asked:
+    """One program. sources: names of .cu files, one behind the other. kernels: those that were looked up in it."""
+
+    sources: tuple[str, ...]
+    defines: dict[str, object]
+    kernels: set[str] = field(default_factory=set)
+
+    def __str__(self) -> str:
+        return f"{'+'.join(self.sources)} {' '.join(f'{k}={v}' for k, v in self.defines.items())}"
+
+
+@contextmanager
+def recorded(architecture: int) -> Iterator[list[Asked]]:
+    """Within, every Program of these modules is recorded instead of compiled, and launches do nothing."""
+    programs: list[Asked] = []
+
+    def program(sources: str | tuple[str, ...], defines: dict[str, object], device: torch.device) -> Any:
+        asked = Asked((sources,) if isinstance(sources, str) else tuple(sources), dict(defines))
+        programs.append(asked)
+        return SimpleNamespace(kernel=lambda name: asked.kernels.add(name) or name)
+
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_multiprocessor=228 << 10)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
+        enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
+        for module in (decode, float_matrix, matrix):
+            enter(patch.object(module, "Program", program))
+            enter(patch.object(module, "launch", lambda *arguments, **options: None))
+            enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
+        yield programs
+
+
+def tile_requests(turn: int, every: bool) -> None:
+    """The types that lie in tiles, two to a program; which two, and with which activations, depends on the turn."""
+    kernels = TileKernels(CPU)
+    names = sorted(TILE_BYTES)
+    shift = 5 * turn % len(names)
+    names = names[shift:] + names[:shift]
+    names = names if every else names[:5]
+    pairs = [*zip(names[::2], names[1::2], strict=False), (names[-1], names[-1])]
+    for number, pair in enumerate(pairs):
+        x = torch.zeros(1, 256, dtype=HALVES[(turn + number) % 2 if pair[0] != pair[1] else 0])
+        weights = [_tiled(name) for name in pair]
+        kernels.multiply(x, weights)
+        kernels.multiply(x, weights, float_out=True)
+        kernels.multiply(x, weights, gated="silu")
+    for dtype in FLOATS:
+        kernels.expand(_tiled(names[-1]), dtype)
+
+
+def _tiled(name: str) -> TiledTensor:
+    tiles = torch.zeros(1, 1, TILE_BYTES[name], dtype=torch.uint8)
+    return TiledTensor(QUANT_TYPES[name], 16, 256, {"tiles": tiles})
+
+
+def float_requests(turn: int, every: bool) -> None:
+    """Every pair of types; bound of tokens and shape of a block by turns."""
+    pairs = [(x, w) for x in HALVES for w in FLOATS]
+    pairs = pairs if every else pairs[turn % 2 :: 2]
+    for number, (x_type, w_type) in enumerate(pairs):
+        kernels = FloatKernels(CPU, (SMALL, LARGE)[(turn + number) % 2])
+        tokens = (1, 2, 4, 8)[(turn + number // 2) % 4]
+        x = torch.zeros(tokens, 256, dtype=x_type)
+        kernels.multiply(x, torch.zeros(16, 256, dtype=w_type))
+        kernels.multiply(x[:, :250], torch.zeros(16, 250, dtype=w_type))
+
+
+def decode_requests(turn: int, every: bool) -> None:
+    """Attention of the head sizes, with types and groups by turns; norms and argmax."""
+    kernels = DecodeKernels(CPU)
+    for number, head_dim in enumerate(HEAD_DIMS if every else HEAD_DIMS[turn % 2 :: 2]):
+        x_type, kv_type = HALVES[(turn + number) % 2], FLOATS[(turn + number // 2) % 3]
+        group = (1, 4, 16)[(turn + number) % 3]
+        attention = DecodeAttention(
+            kernels, [0] * group, 1, head_dim, x_type, kv_type, 32, 1, scale=1.0, early=bool((turn + number) % 2)
+        )
+        qkv, out = torch.zeros(1, (group + 2) * head_dim, dtype=x_type), torch.zeros(1, group * head_dim, dtype=x_type)
+        cache = torch.zeros(1, 32, 1, head_dim, dtype=kv_type)
+        places = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+        angles = torch.zeros(1, head_dim // 2)
+        slots = torch.zeros(1, dtype=torch.int64)
+        attention.rope_write_kv(qkv, cache, cache, places[0], slots, angles, angles, style="half")
+        attention.attend(qkv, cache, cache, *places, out)
+        attention.rope_attend(qkv, cache, cache, *places, slots, angles, angles, out, style="half")
+    for x_type in HALVES:
+        for partial in (x_type, torch.float32):
+            residual, out = torch.zeros(1, 576), torch.zeros(1, 576, dtype=x_type)
+            kernels.add_rms_norm(residual, out.to(partial), torch.zeros(576), 1e-5, out)
+    kernels.argmax(torch.zeros(1, 512), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+
+
+# Each of (turn, every): the turn picks which of the many combinations; not `every`: about half of the programs.
+REQUESTS = (tile_requests, float_requests, decode_requests)
