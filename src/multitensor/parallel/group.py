@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from multitensor.kernels import reference
+from multitensor.parallel.peer_memory import PeerMemory
 
 
 class Group(ABC):
@@ -19,11 +20,15 @@ class Group(ABC):
 
     kernels: what computes the norm of `reduce_add_norm`: the plain reference until the rank sets its own handle
     (anything with `rms_norm` and `add_rms_norm` of that signature).
+    peer_memory: GPUs' memory that all ranks reach, once `open_peer_memory` has found it to work; carve from it alike on
+    all ranks. no_peer_memory: why there is none.
     """
 
     rank: int
     size: int
     kernels: Any = reference
+    peer_memory: PeerMemory | None = None
+    no_peer_memory: str = "the ranks are not several GPUs"
 
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -40,6 +45,11 @@ class Group(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Returns on every rank once all ranks have called it."""
+
+    def open_peer_memory(self, nbytes: int) -> None:  # noqa: B027 - most groups have none
+        """Collective, once: sets `peer_memory` to a buffer of so many bytes on every rank, or `no_peer_memory` to the
+        reason why not. Waits for a probe that has run since the group was made. Raises InputError where peer memory
+        was demanded and there is none."""
 
     def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
         """Makes every other rank's pending and future calls raise RankFailed, where the backend can. Does not wait."""

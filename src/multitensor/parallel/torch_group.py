@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -17,31 +18,47 @@ import torch.distributed as dist
 
 from multitensor.errors import InputError
 from multitensor.parallel.group import Group, SingleGroup, check_gather, wire_dtype
+from multitensor.parallel.peer_memory import PeerMemory, open_peer_memory
+from multitensor.parallel.peer_probe import PeerProbe
 
 _LOADING = timedelta(hours=24)  # ranks may load for very different times; the engine, not a timeout, ends the hopeless
+_MAPPING = timedelta(seconds=60)  # for mapping peers' memory, after which a rank that failed at it is not waited for
 
 
-def make_torch_group(rank: int, size: int, device: torch.device, store_path: str, backend: str | None = None) -> Group:
+def make_torch_group(
+    rank: int,
+    size: int,
+    device: torch.device,
+    store_path: str,
+    backend: str | None = None,
+    p2p: bool | None = None,
+) -> Group:
     """The group of this process's device. store_path: a file that all ranks open, empty at first (a memfd's /proc path
-    will do, so that no file is left behind). backend: "nccl" or "gloo"; None: NCCL if this torch has it. With one rank
-    a SingleGroup."""
+    will do, so that no file is left behind). backend: "nccl" or "gloo"; None: NCCL if this torch has it. p2p: whether
+    GPUs use each other's memory; None: where that works. With one rank a SingleGroup."""
     if size == 1:
         return SingleGroup()
     if not dist.is_available():
         raise InputError("this build of torch has no torch.distributed; several CUDA ranks need it")
     chosen = backend or ("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
-    return TorchGroup(rank, size, device, store_path, chosen)
+    return TorchGroup(rank, size, device, store_path, chosen, p2p)
 
 
 class TorchGroup(Group):
     """Uses the process's default torch.distributed group, so there can be one at a time in a process."""
 
-    def __init__(self, rank: int, size: int, device: torch.device, store_path: str, backend: str) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, store_path: str, backend: str, p2p: bool | None = None
+    ) -> None:
         self.rank = rank
         self.size = size
         self.device = device
         self.backend = backend
+        self._p2p = p2p
+        self._probe: PeerProbe | None = None
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+        if p2p is False:
+            os.environ["NCCL_P2P_DISABLE"] = "1"
         # A collective that fails ends this process, whose end the engine sees, instead of leaving it waiting.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
@@ -57,6 +74,38 @@ class TorchGroup(Group):
             device_id=device if backend == "nccl" else None,
         )
         self._open = True
+        if backend == "nccl" and p2p is not False:
+            uuids = self.gather_objects(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")))
+            self._probe = PeerProbe([str(uuid) for uuid in uuids]) if rank == 0 else None
+
+    def open_peer_memory(self, nbytes: int) -> None:
+        found = self._open_peer_memory(nbytes) if self.peer_memory is None else self.peer_memory
+        if isinstance(found, str):
+            self.no_peer_memory = found
+            if self._p2p:
+                raise InputError(f"peer-to-peer access was demanded, but {found}; leave the demand out to use NCCL")
+        else:
+            self.peer_memory = found
+
+    def _open_peer_memory(self, nbytes: int) -> PeerMemory | str:
+        if self._p2p is False:
+            return "peer-to-peer access is forbidden by --no-p2p"
+        if self.backend != "nccl":
+            return f"the ranks talk through {self.backend}"
+        reason = self.gather_objects(self._probe.reason() if self._probe else None)[0]
+        if reason is not None:
+            return str(reason)
+        world, share = dist.group.WORLD, self.gather_objects
+        return open_peer_memory(self.rank, self.device, nbytes, world, share, self._impatient())
+
+    @contextmanager
+    def _impatient(self) -> Iterator[None]:
+        """Within, the store is waited for a minute at most."""
+        self._store.set_timeout(_MAPPING)
+        try:
+            yield
+        finally:
+            self._store.set_timeout(_LOADING)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """NCCL: in x's own type, in place. gloo: every rank adds all parts in rank order, in float32."""
@@ -111,4 +160,5 @@ class TorchGroup(Group):
     def close(self) -> None:
         if self._open:
             self._open = False
+            self.peer_memory = None
             dist.destroy_process_group()
