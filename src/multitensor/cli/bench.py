@@ -6,42 +6,88 @@ import json
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from multitensor.cli import options
-from multitensor.cli.output import human_bytes, loading_bar, warn
+from multitensor.cli.output import loading_bar, warn
 from multitensor.errors import InputError
 
 if TYPE_CHECKING:
-    from multitensor import LLM
+    from multitensor import LLM, RequestOutput
+
+POOL_CONTEXTS = 8  # the KV pool is made for so many sequences of full length, see sharding/solve.py
+WARM_UP_TOKENS = 8  # decoded before the first that is timed
+
+
+@dataclass(frozen=True)
+class Load:
+    """How long a model took to be ready on so many ranks, and what its devices' memory can do, rank by rank, measured
+    in the ranks after the tests (None: no room was left to measure)."""
+
+    ranks: int
+    load_seconds: float
+    memory_bytes_per_second: list[float | None]
 
 
 @dataclass(frozen=True)
 class Result:
-    """tokens_per_second: median over the repetitions, all sequences together.
-    weight_bytes_per_second: resident weight bytes of the fullest rank times forward passes a second (decode only; the
-    floor is the memory's bandwidth)."""
+    """tokens_per_second: median over the repetitions, all sequences together. first_token_seconds: median from giving
+    the prompts to the first token. Of decodes only, with `depth` tokens in the cache of each sequence before:
+
+    bytes_per_step: weights and cache that the fullest rank reads for a step, by the plan. bytes_per_second: that, over
+    the time of a step. floor_percent: the time that every rank's memory needs at least for its bytes, at the speed that
+    was measured for reading, over the time of a step. reduction_percent: what a step's reductions take when there is
+    nothing else to do, over the time of a step.
+    """
 
     test: str
     ranks: int
     batch: int
     tokens: int
+    depth: int
     tokens_per_second: float
     slowest: float
     fastest: float
-    weight_bytes_per_second: float | None
+    first_token_seconds: float
+    bytes_per_step: float | None = None
+    bytes_per_second: float | None = None
+    floor_percent: float | None = None
+    reduction_percent: float | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be measured."""
+
+    prompts: tuple[int, ...]
+    counts: tuple[int, ...]
+    batches: tuple[int, ...]
+    depth: int
+    repetitions: int
+
+    @property
+    def context(self) -> int:
+        """Tokens a sequence that suffice for every test, with a KV pool that holds the largest batch."""
+        longest = self.depth + max(self.counts) + WARM_UP_TOKENS
+        contexts = min(max(self.batches), POOL_CONTEXTS)
+        in_pool = -(-max(self.batches) * -(-(longest + 32) // 32) * 32 // contexts)
+        return max(max(self.prompts) + 16, longest + 16, in_pool if max(self.counts) else 0)
 
 
 def command(
     model: options.Model,
-    prompt: Annotated[str, typer.Option("-p", "--prompt-tokens", help="Prompt lengths.")] = "512",
-    generate: Annotated[str, typer.Option("-n", "--generate", help="Tokens to decode.")] = "128",
+    prompt: Annotated[str, typer.Option("-p", "--prompt-tokens", help="Prompt lengths; 0 for none.")] = "512",
+    generate: Annotated[str, typer.Option("-n", "--generate", help="Tokens to decode; 0 for none.")] = "128",
     batch: Annotated[str, typer.Option("-b", "--batch", help="Sequences decoded together.")] = "1",
+    depth: Annotated[
+        int, typer.Option("-d", "--depth", min=0, help="Tokens in each sequence's cache before it decodes.")
+    ] = 0,
     tp: Annotated[str | None, typer.Option("--tp", help="Rank counts, as 1,2.", show_default=False)] = None,
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", min=1, help="The median of so many runs.")] = 5,
     devices: options.Devices = None,
@@ -51,16 +97,20 @@ def command(
     kv_type: options.KvType = None,
     as_json: options.Json = False,
 ) -> None:
-    """Measure prefill and decode of MODEL, warm, as medians.
+    """Measure prefill and decode of MODEL, warm, as medians, and how near decoding comes to the memory's speed.
 
     multitensor bench MODEL -p 512,4096 -n 128 -b 1,4 --tp 1,2
     """
     from multitensor import LLM
 
-    prompts, counts, batches = _numbers("-p", prompt), _numbers("-n", generate), _numbers("-b", batch)
-    needed = max([*prompts, *counts]) + 16
+    batches = _numbers("-b", batch)
+    if min(batches) < 1:
+        raise InputError(f"bench: -b {batch!r}: a batch has at least one sequence")
+    work = Work(_numbers("-p", prompt), _numbers("-n", generate), batches, depth, repetitions)
+    loads: list[Load] = []
     results: list[Result] = []
     for ranks in _numbers("--tp", tp) if tp else (None,):
+        started = time.perf_counter()
         with loading_bar(quiet=as_json) as progress:
             llm = LLM._open(
                 model,
@@ -68,21 +118,31 @@ def command(
                 tensor_parallel_size=ranks,
                 devices=devices,
                 ratio=ratio,
-                max_model_len=ctx or needed,
+                max_model_len=ctx or work.context,
                 dtype=dtype,
                 kv_type=kv_type,
                 max_num_seqs=max(batches),
-                prefix_cache="off",  # prompts that begin alike must not look fast
+                # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.
+                prefix_cache="shared" if depth else "off",
             )
         with llm:
+            loaded = time.perf_counter() - started
             for warning in llm.plan.warnings:
                 warn(warning)
-            results += _measure(llm, prompts, counts, batches, repetitions)
-    report = {"model": model, "machine": machine(), "results": [asdict(result) for result in results]}
+            timed = _time_all(llm, work)
+            abilities = llm._engine.call("measure", batches=list(batches) if any(work.counts) else [])
+            loads.append(Load(llm.plan.size, loaded, [each["memory_bytes_per_second"] for each in abilities]))
+            results += [_judged(llm, result, abilities) for result in timed]
+    report = {
+        "model": model,
+        "machine": machine(),
+        "loads": [asdict(load) for load in loads],
+        "results": [asdict(result) for result in results],
+    }
     if as_json:
         typer.echo(json.dumps(report))
     else:
-        _print(results)
+        _print(loads, results)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -111,41 +171,105 @@ def machine() -> dict[str, object]:
     }
 
 
-def _measure(
-    llm: LLM, prompts: tuple[int, ...], counts: tuple[int, ...], batches: tuple[int, ...], repetitions: int
-) -> list[Result]:
-    results = [_time(llm, "prefill", 1, length, repetitions) for length in prompts if length]
-    results += [_time(llm, "decode", size, count, repetitions) for size in batches for count in counts if count]
-    return results
+def _time_all(llm: LLM, work: Work) -> list[Result]:
+    prefills = [_prefill(llm, length, work.repetitions) for length in work.prompts if length]
+    decodes = [
+        _decode(llm, size, count, work.depth, work.repetitions)
+        for size in work.batches
+        for count in work.counts
+        if count
+    ]
+    return prefills + decodes
 
 
-def _time(llm: LLM, test: str, batch: int, tokens: int, repetitions: int) -> Result:
-    """Random ids, end-of-text ignored. A decode starts from one token, as llama-bench's does."""
+def _prefill(llm: LLM, length: int, repetitions: int) -> Result:
+    """Random ids, new ones every time; from giving the prompt to its first token."""
+    seconds = [_first_token(_generate(llm, [_random_ids(llm, length, run)], 1)) for run in range(repetitions + 1)]
+    warm = seconds[1:]
+    speeds = [length / taken for taken in warm]
+    return Result(
+        *("prefill", llm.plan.size, 1, length, 0),
+        *(statistics.median(speeds), min(speeds), max(speeds), statistics.median(warm)),
+    )
+
+
+def _decode(llm: LLM, batch: int, count: int, depth: int, repetitions: int) -> Result:
+    """From one random token a sequence, or `depth` of them; end-of-text ignored. Timed from the arrival of the first
+    token, which the prompt's step makes, to that of the last, `count` steps later."""
+    prompts = [_random_ids(llm, max(depth, 1), number) for number in range(batch)]
+    _generate(llm, prompts, WARM_UP_TOKENS)  # and fills the cache
+    speeds, firsts = [], []
+    for _ in range(repetitions):
+        outputs = _generate(llm, prompts, count + 1)
+        metrics = [output.metrics for output in outputs if output.metrics is not None]
+        started = min(each.first_token_time or 0.0 for each in metrics)
+        ended = max(each.last_token_time or 0.0 for each in metrics)
+        speeds.append(batch * count / (ended - started))
+        firsts.append(_first_token(outputs))
+    return Result(
+        *("decode", llm.plan.size, batch, count, depth),
+        *(statistics.median(speeds), min(speeds), max(speeds), statistics.median(firsts)),
+    )
+
+
+def _random_ids(llm: LLM, length: int, seed: int) -> list[int]:
     import numpy as np
 
+    return np.random.default_rng(seed).integers(0, llm.plan.spec.vocab_size, length).tolist()
+
+
+def _generate(llm: LLM, prompts: list[list[int]], count: int) -> list[RequestOutput]:
     from multitensor import SamplingParams
 
-    vocabulary = llm.plan.spec.vocab_size
-    random = np.random.default_rng(0)
-    length, count = (tokens, 1) if test == "prefill" else (1, tokens)
-    params = SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True)
-    speeds = []
-    for _ in range(repetitions + 1):
-        ids = [random.integers(0, vocabulary, length).tolist() for _ in range(batch)]
-        started = time.perf_counter()
-        llm.generate(ids, params)
-        speeds.append(batch * tokens / (time.perf_counter() - started))
-    warm = speeds[1:]
-    median = statistics.median(warm)
-    fullest = max(sum(entry.weights.values()) for entry in llm.memory_plan)
-    moved = fullest * median / batch if test == "decode" else None
-    return Result(test, llm.plan.size, batch, tokens, median, min(warm), max(warm), moved)
+    return llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True))
 
 
-def _print(results: list[Result]) -> None:
-    table = Table("test", "ranks", "batch", "tokens", "tokens/s", "slowest", "fastest", "weights read a rank")
+def _first_token(outputs: list[RequestOutput]) -> float:
+    """Seconds from the first prompt's arrival to the last one's first token."""
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    return max(each.first_token_time or 0.0 for each in metrics) - min(each.arrival_time for each in metrics)
+
+
+def _judged(llm: LLM, result: Result, abilities: list[dict[str, Any]]) -> Result:
+    """The same with what a decode's speed means on these devices."""
+    from multitensor.sharding.traffic import decode_bytes
+
+    if result.test != "decode":
+        return result
+    step = result.batch / result.tokens_per_second
+    context = max(result.depth, 1) + (result.tokens + 1) / 2  # on average, while it is timed
+    moved = [decode_bytes(llm.plan, rank, result.batch, context) for rank in llm.plan.ranks]
+    speeds = [each["memory_bytes_per_second"] for each in abilities]
+    floor = max(nbytes / speed for nbytes, speed in zip(moved, speeds, strict=True)) if all(speeds) else None
+    reducing = max(each["reduction_seconds"][result.batch] for each in abilities)
+    return replace(
+        result,
+        bytes_per_step=max(moved),
+        bytes_per_second=max(moved) / step,
+        floor_percent=None if floor is None else 100 * floor / step,
+        reduction_percent=100 * reducing / step,
+    )
+
+
+def _print(loads: list[Load], results: list[Result]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160  # a file or a pipe has no width to fold a table for
+    titles = ("test", "ranks", "batch", "tokens/s", "slowest", "fastest", "TB/s a rank", "of floor", "reducing")
+    table = Table(*(Column(title, no_wrap=True) for title in titles), box=box.MARKDOWN)
     for r in results:
-        moved = f"{human_bytes(r.weight_bytes_per_second)}/s" if r.weight_bytes_per_second else ""
-        row = (r.tokens_per_second, r.slowest, r.fastest)
-        table.add_row(r.test, str(r.ranks), str(r.batch), str(r.tokens), *(f"{x:,.1f}" for x in row), moved)
-    Console(highlight=False).print(table)
+        name = f"{r.test} {r.tokens}" + (f" at {r.depth}" if r.depth else "")
+        speeds = (f"{x:,.1f}" for x in (r.tokens_per_second, r.slowest, r.fastest))
+        moved = f"{r.bytes_per_second / 1e12:.3g}" if r.bytes_per_second else ""
+        table.add_row(
+            *(name, str(r.ranks), str(r.batch), *speeds, moved),
+            *(_percent(r.floor_percent), _percent(r.reduction_percent)),
+        )
+    console.print(table)
+    for load in loads:
+        reads = ", ".join(f"{x / 1e12:.3g}" if x else "?" for x in load.memory_bytes_per_second)
+        console.print(f"{load.ranks} rank(s): loaded in {load.load_seconds:.1f} s; memory is read at {reads} TB/s")
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}%"

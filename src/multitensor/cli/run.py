@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn
+from multitensor.cli.output import loading_bar, seconds_since_start, warn
 from multitensor.cli.rank_watch import raise_when_lost
 from multitensor.errors import InputError, RankFailed
 
@@ -160,7 +160,7 @@ def _messages(system: str | None) -> list[dict[str, str]]:
 def _write_once(
     llm: LLM, prompt: str | list[int], text: str | None, params: SamplingParams, loaded: float, as_json: bool
 ) -> None:
-    output = _stream(llm, llm.stream(prompt, params), echo=not as_json)
+    output, first_token = _stream(llm, llm.stream(prompt, params), echo=not as_json)
     timing = Timing.of(output)
     if as_json:
         done = output.outputs[0]
@@ -171,6 +171,7 @@ def _write_once(
             "token_ids": list(done.token_ids),
             "finish_reason": done.finish_reason,
             "load_seconds": loaded,
+            "first_token_seconds": first_token,
             **asdict(timing),
             "devices": [rank.device.name for rank in llm.plan.ranks],
         }
@@ -178,14 +179,16 @@ def _write_once(
         return
     sys.stdout.write("\n")
     sys.stdout.flush()
-    sys.stderr.write(f"load {loaded:.1f} s; {timing.line()}\n")
+    sys.stderr.write(f"load {loaded:.1f} s; first token {first_token:.1f} s after the command; {timing.line()}\n")
 
 
-def _stream(llm: LLM, stream: Iterable[RequestOutput], echo: bool) -> RequestOutput:
-    """Drains a stream, writing text to stdout as it comes (token ids where there is no vocabulary)."""
-    written = 0
+def _stream(llm: LLM, stream: Iterable[RequestOutput], echo: bool) -> tuple[RequestOutput, float]:
+    """Drains a stream, writing text to stdout as it comes (token ids where there is no vocabulary). Returns the last
+    output, and how old this process was, in seconds, when the first came."""
+    written, first = 0, 0.0
     output: RequestOutput | None = None
     for output in stream:
+        first = first or seconds_since_start()
         if echo and llm.has_vocabulary:
             sys.stdout.write(output.delta)
         elif echo:
@@ -195,7 +198,7 @@ def _stream(llm: LLM, stream: Iterable[RequestOutput], echo: bool) -> RequestOut
         sys.stdout.flush()
     if output is None:
         raise InputError("run: the prompt is empty and the model has no beginning-of-text token to start from")
-    return output
+    return output, first
 
 
 def _chat(llm: LLM, params: SamplingParams, system: str | None) -> None:
@@ -243,7 +246,7 @@ def _answer(llm: LLM, messages: list[dict[str, str]], params: SamplingParams) ->
         sys.stderr.write(f"{error} (/reset starts over)\n")
         return
     try:
-        output = _stream(llm, heard(stream), echo=True)
+        output, _ = _stream(llm, heard(stream), echo=True)
         sys.stderr.write(f"\n[{Timing.of(output).line()}]\n")
     except KeyboardInterrupt:
         stream.close()

@@ -273,6 +273,12 @@ class ModelRunner:
             result["rss_bytes"] = int(psutil.Process().memory_info().rss)
         return result
 
+    def measure(self, batches: list[int]) -> dict[str, Any]:
+        """Speed of this rank's memory, and the time of a decode step's reductions; see engine/measure.py. Collective."""
+        from multitensor.engine.measure import measure
+
+        return measure(self, batches)
+
     def verify(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
         """The split model against the whole one; see engine/verify.py. Collective; every rank returns the result."""
         from multitensor.engine.verify import verify
