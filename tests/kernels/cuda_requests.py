@@ -12,10 +12,11 @@ from unittest.mock import patch
 import torch
 
 from multitensor.formats.quant_types import QUANT_TYPES
-from multitensor.kernels.cuda import decode, float_matrix, matrix
+from multitensor.kernels.cuda import decode, float_matrix, matrix, reduce
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
 from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (decode, float_matrix, matrix):
+        for module in (decode, float_matrix, matrix, reduce):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -116,5 +117,21 @@ def decode_requests(turn: int, every: bool) -> None:
     kernels.argmax(torch.zeros(1, 512), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
 
 
+def peer_requests(turn: int, every: bool) -> None:
+    """Sums over 2 to 16 ranks with types and sizes by turns, in clusters where there are any; gathers."""
+    clusters = torch.cuda.get_device_capability() >= (9, 0)
+    for number, ranks in enumerate((2, 3, 8, 16) if every else (2, 5)):
+        hidden, x_type = (576, 8192, 16384)[(turn + number) % 3], FLOATS[(turn + number) % 3]
+        places = torch.zeros(ranks, dtype=torch.int64)
+        residual = torch.zeros(1, hidden)
+        for parts in (1, 4) if clusters else (1,):
+            reduction = PeerReduction(places, ranks - 1, hidden, 64, parts=parts)
+            for partial in {x_type, torch.float32}:
+                out = residual.to(x_type)
+                reduction.reduce_add_norm(residual.to(partial), residual, residual[0], 1e-5, out)
+        gather = PeerGather(places, 0, [512] * ranks, 8)
+        gather.gather(torch.zeros(1, 512), torch.zeros(1, 512 * ranks))
+
+
 # Each of (turn, every): the turn picks which of the many combinations; not `every`: about half of the programs.
-REQUESTS = (tile_requests, float_requests, decode_requests)
+REQUESTS = (tile_requests, float_requests, decode_requests, peer_requests)
