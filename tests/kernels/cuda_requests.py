@@ -12,11 +12,13 @@ from unittest.mock import patch
 import torch
 
 from multitensor.formats.quant_types import QUANT_TYPES
-from multitensor.kernels.cuda import decode, float_matrix, matrix, reduce
+from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, reduce, small_batch
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
+from multitensor.kernels.cuda.layer import LayerKernel
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
+from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
 
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (decode, float_matrix, matrix, reduce):
+        for module in (decode, float_matrix, layer, matrix, reduce, small_batch):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -79,6 +81,20 @@ def tile_requests(turn: int, every: bool) -> None:
 def _tiled(name: str) -> TiledTensor:
     tiles = torch.zeros(1, 1, TILE_BYTES[name], dtype=torch.uint8)
     return TiledTensor(QUANT_TYPES[name], 16, 256, {"tiles": tiles})
+
+
+def small_batch_requests(turn: int, every: bool) -> None:
+    """Two types to a program, all types within the turns; numbers of tokens and activations by turns."""
+    kernels = SmallBatchKernels(CPU)
+    names = sorted(TILE_BYTES)
+    pairs = [(names[at % 13], names[(at + 1) % 13]) for at in range(5 * turn, 5 * turn + (14 if every else 4), 2)]
+    for number, pair in enumerate(pairs):
+        tokens = (8, 16, 32, 64)[(turn + number) % 4]
+        x = torch.zeros(tokens, 256, dtype=HALVES[(turn + number) % 2])
+        weights = [_tiled(name) for name in pair]
+        kernels.multiply(x, weights, float_out=True)
+        if number % 2:
+            kernels.multiply(x, weights, gated="silu")
 
 
 def float_requests(turn: int, every: bool) -> None:
@@ -133,5 +149,25 @@ def peer_requests(turn: int, every: bool) -> None:
         gather.gather(torch.zeros(1, 512), torch.zeros(1, 512 * ranks))
 
 
+def layer_requests(turn: int, every: bool) -> None:
+    """Launches between attentions, for one and two tokens; types, sizes and ranks by turns."""
+    names = sorted(TILE_BYTES)
+    for number, ranks in enumerate((1, 2, 5, 16) if every else (1, 2)):
+        at = 3 * turn + 5 * number
+        types = names[at % len(names)], names[(at + 4) % len(names)]
+        LayerKernel(
+            TileKernels(CPU),
+            types,
+            HALVES[(turn + number) % 2],
+            hidden=(576, 4096, 8192, 16384)[(turn + number) % 4],
+            tokens=1 + (turn + number // 2) % 2,
+            rank=ranks - 1,
+            places=torch.zeros(ranks, dtype=torch.int64),
+            own=None,
+            inner=512,
+            widest=32,
+        )
+
+
 # Each of (turn, every): the turn picks which of the many combinations; not `every`: about half of the programs.
-REQUESTS = (tile_requests, float_requests, decode_requests, peer_requests)
+REQUESTS = (tile_requests, small_batch_requests, float_requests, decode_requests, peer_requests, layer_requests)

@@ -11,7 +11,7 @@ import pytest
 from cuda_requests import REQUESTS, Asked, recorded
 from nvrtc import Nvrtc, compile_text, find_nvrtc
 
-from multitensor.kernels.cuda.program import SOURCES
+from multitensor.kernels.cuda.program import SOURCES, source_text
 from multitensor.kernels.cuda.tiles import TILE_BYTES
 
 ARCHITECTURES = (75, 86, 89, 90, 120)
@@ -59,8 +59,7 @@ def test_compiles(architecture: int, compiler: Nvrtc, processes: ProcessPoolExec
         pytest.skip(f"NVRTC {compiler.version[0]}.{compiler.version[1]} does not know sm_{architecture}")
     jobs = []
     for program in asked_for(architecture):
-        defines = "".join(f"#define {name} {value}\n" for name, value in program.defines.items())
-        text = defines + "\n".join((SOURCES / source).read_text() for source in program.sources)
+        text = source_text(program.sources, program.defines)
         jobs.append((program, processes.submit(compile_text, text, architecture, frozenset(program.kernels))))
     failures = [f"{program}: {job.result()}" for program, job in jobs if job.result()]
     assert jobs and not failures, "\n".join(failures)

@@ -1,4 +1,4 @@
-"""The decode step of a GPU rank as one CUDA graph: up to eight sequences with one new token each.
+"""The decode step of a GPU rank as one CUDA graph: up to 64 sequences with one new token each.
 
 Nothing of torch's eager machinery is left between kernels: a step copies its small integers to fixed addresses and
 replays. The arithmetic is the decoder's (model/decoder.py), with two differences: query, key and value come from one
@@ -17,10 +17,11 @@ from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder, DecoderLayer
+from multitensor.model.fused_layers import FusedLayers
 from multitensor.parallel.group import Group
 from multitensor.sharding.plan import Plan
 
-BUCKETS = (1, 2, 4, 8)
+BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def can_capture(plan: Plan) -> bool:
@@ -62,7 +63,7 @@ class DecodeGraphs:
         context_lens: np.ndarray,
         block_tables: np.ndarray,
     ) -> torch.Tensor:
-        """One new token for each of S <= 8 sequences -> float32 logits [S, vocabulary], valid until the next run.
+        """One new token for each of S <= 64 sequences -> float32 logits [S, vocabulary], valid until the next run.
 
         token_ids: int [S], -1 for what the slot sampled last. slots, context_lens: int [S]. block_tables: int [S, B].
         """
@@ -96,15 +97,16 @@ class _DecodeGraph:
         self.blocks = -(-plan.context // plan.block_size)
         self.device = last_tokens.device
         self.dtype = decoder.dtype
-        # ids, slots, positions, cache slots; then the block tables
-        length = 4 * sequences + sequences * self.blocks
+        # ids, slots, positions, cache slots; then the block tables; then the count of steps modulo 3
+        length = 4 * sequences + sequences * self.blocks + 1
         self.host = torch.empty(length, dtype=torch.int32, pin_memory=True)
         self.copied = torch.cuda.Event()
         self.packed = torch.zeros(length, dtype=torch.int32, device=self.device)
         self.ids, self.slots, self.positions, self.cache_slots = (
             self.packed[: 4 * sequences].view(4, sequences).unbind(0)
         )
-        self.tables = self.packed[4 * sequences :].view(sequences, self.blocks)
+        self.tables = self.packed[4 * sequences : -1].view(sequences, self.blocks)
+        self.steps = self.packed[-1:]
         spec, own = plan.spec, plan.ranks[rank]
         self._attention: dict[int | None, DecodeAttention] = {}
         for layer in spec.layers:
@@ -122,6 +124,8 @@ class _DecodeGraph:
                     window=layer.window,
                     softcap=spec.attention_softcap,
                 )
+        self.fused = FusedLayers.make(decoder, plan, rank, kernels, group, sequences)
+        self._count = 0  # of steps, modulo 3
         self.graph = torch.cuda.CUDAGraph()
         self.logits: torch.Tensor | None = None
 
@@ -151,8 +155,10 @@ class _DecodeGraph:
         small[3, :count] = (
             block_tables[rows, context_lens // self.block_size] * self.block_size + context_lens % self.block_size
         )
-        tables = host[4 * size :].reshape(size, self.blocks)
+        tables = host[4 * size : -1].reshape(size, self.blocks)
         tables[:count, : block_tables.shape[1]] = block_tables
+        self._count = (self._count + 1) % 3  # 0 was the warm-up's
+        host[-1] = self._count
         self.packed.copy_(self.host, non_blocking=True)
         self.copied.record()
         self.graph.replay()
@@ -164,22 +170,41 @@ class _DecodeGraph:
         decoder = self.decoder
         ids = torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long())
         residual = decoder.embedding(ids)
+        if self.fused is not None:
+            return self._fused_forward(self.fused, residual)
         hidden = torch.empty_like(residual, dtype=self.dtype)
         norm = self.kernels.decode_kernels.add_rms_norm
         norm(residual, None, decoder.layers[0].first_norm, decoder.eps, hidden)
+        reduce = self.group.reduce_add_norm_into
         for layer, cache in zip(decoder.layers, self.caches, strict=True):
-            partial = self.group.all_reduce(self._attend(layer, hidden, cache))
-            post = layer.post_attention_norm
-            norm(residual, partial, layer.ffn_norm, layer.eps, hidden, post_weight=post)
-            partial = self.group.all_reduce(self._feed_forward(layer, hidden))
-            norm(residual, partial, layer.next_norm, layer.eps, hidden, post_weight=layer.post_ffn_norm)
+            partial = self._attend(layer, hidden, cache)
+            reduce(partial, residual, layer.ffn_norm, layer.eps, hidden, layer.post_attention_norm)
+            partial = self._feed_forward(layer, hidden)
+            reduce(partial, residual, layer.next_norm, layer.eps, hidden, layer.post_ffn_norm)
         return decoder.logits(hidden)
+
+    def _fused_forward(self, fused: FusedLayers, residual: torch.Tensor) -> torch.Tensor:
+        """Two launches a layer: rotary and attention, then everything up to the next layer's query, key and value."""
+        decoder, first = self.decoder, self.decoder.layers[0]
+        hidden = torch.empty_like(residual, dtype=self.dtype)
+        self.kernels.decode_kernels.add_rms_norm(residual, None, first.first_norm, decoder.eps, hidden)
+        out = self.kernels.joined_linear(hidden, first.attention.qkv, first.attention.qkv_biases)
+        streams = (residual, torch.empty_like(residual))
+        for index, (layer, cache) in enumerate(zip(decoder.layers, self.caches, strict=True)):
+            mixed = self._mix(layer, out, cache)
+            out = fused.run(index, mixed, streams[index % 2], streams[1 - index % 2], self.steps)
+        return decoder.lm_head.gathered(out)
 
     def _attend(self, layer: DecoderLayer, hidden: torch.Tensor, cache: KVCache) -> torch.Tensor:
         block = layer.attention
+        qkv = self.kernels.joined_linear(hidden, block.qkv, block.qkv_biases)
+        return self.kernels.partial_linear(self._mix(layer, qkv, cache), block.output, block.output_bias)
+
+    def _mix(self, layer: DecoderLayer, qkv: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Query, key and value side by side [S, columns] -> attention's result [S, query heads x head_dim]."""
+        block = layer.attention
         decode = self._attention[block.window]
         rope = self.decoder.ropes[block.rope]
-        qkv = self.kernels.joined_linear(hidden, block.qkv, block.qkv_biases)
         decode.rope_write_kv(
             qkv,
             *cache,
@@ -194,7 +219,7 @@ class _DecodeGraph:
         )
         mixed = torch.empty((self.sequences, block.n_heads * block.head_dim), dtype=self.dtype, device=self.device)
         decode.attend(qkv, *cache, self.positions, self.tables, mixed)
-        return self.kernels.partial_linear(mixed, block.output, block.output_bias)
+        return mixed
 
     def _feed_forward(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:
         block = layer.feed_forward

@@ -53,7 +53,10 @@ class LMHead:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden], normalised -> float32 [S, vocabulary], equal on all ranks."""
-        local = self._local(hidden)
+        return self.gathered(self._local(hidden))
+
+    def gathered(self, local: torch.Tensor) -> torch.Tensor:
+        """Every rank's logits [S, its rows] -> float32 [S, vocabulary], equal on all ranks."""
         logits = self.group.all_gather_last(local, self.sizes) if len(self.sizes) > 1 else local
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap

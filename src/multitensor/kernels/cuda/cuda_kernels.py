@@ -10,11 +10,12 @@ import torch
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
+from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
 
-FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion
+FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion, where it is they or it
 EXPAND_BYTES = 256 << 20  # scratch for a matrix's numbers in the activations' type, where many tokens are multiplied
 
 
@@ -26,6 +27,7 @@ class CudaKernels(Kernels):
     def __init__(self, device: torch.device, exact: bool) -> None:
         super().__init__(device, exact)
         self.tile_kernels = TileKernels(device)
+        self.small_batch_kernels = SmallBatchKernels(device)
         self.float_kernels = FloatKernels(device)
         self.decode_kernels = DecodeKernels(device)
 
@@ -65,7 +67,7 @@ class CudaKernels(Kernels):
         """`linear` with several weights, their outputs side by side in one tensor."""
         tiled = self._few(weights, x)
         if tiled is not None:
-            return self._multiply(x, tiled, _joined(biases, weights))
+            return self._multiply(x, tiled, joined_biases(biases, weights))
         every = biases or [None] * len(weights)
         return torch.cat([self.linear(x, w, bias) for w, bias in zip(weights, every, strict=True)], dim=1)
 
@@ -89,7 +91,7 @@ class CudaKernels(Kernels):
         tiled = self._few(weights, x)
         if tiled is None:
             return super().linears(x, weights, biases)
-        y = self._multiply(x, tiled, _joined(biases, weights))
+        y = self._multiply(x, tiled, joined_biases(biases, weights))
         return list(y.split([w.rows for w in weights], dim=1))
 
     def gated_linear(
@@ -104,7 +106,7 @@ class CudaKernels(Kernels):
         tiled = self._few((gate, up), x)
         if tiled is None:
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
-        return self._multiply(x, tiled, _joined((gate_bias, up_bias), (gate, up)), gated=kind)
+        return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         tiled = self._tiled((w,), hidden)
@@ -113,7 +115,7 @@ class CudaKernels(Kernels):
             return self.float_kernels.multiply(hidden, plane, float_out=True)
         if tiled is None:
             return super().logits(hidden, w)
-        if hidden.shape[0] <= FEW_TOKENS:
+        if self._few(tiled, hidden) is not None:
             return self.partial_linear(hidden, w)
         return torch.cat([self._product(hidden, part) for _, part in self._parts(tiled[0], hidden.dtype)], dim=1)
 
@@ -134,10 +136,12 @@ class CudaKernels(Kernels):
         return self.float_kernels.takes(x, plane) and self.float_kernels.pays(x, plane)
 
     def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
-        """The weights, where the matrix-vector kernels are the best there is for x."""
-        tiled = self._tiled(weights, x) if x.shape[0] <= FEW_TOKENS else None
-        takes = tiled is not None and self.tile_kernels.takes(tiled, min(x.shape[0], MAX_TOKENS))
-        return tiled if takes else None
+        """The weights, where kernels that read them as they lie are the best there is for x."""
+        tokens, tiled = x.shape[0], self._tiled(weights, x)
+        if tiled is None:
+            return None
+        by_fours = tokens <= FEW_TOKENS and self.tile_kernels.takes(tiled, min(tokens, MAX_TOKENS))
+        return tiled if by_fours or self.small_batch_kernels.takes(tiled, tokens) else None
 
     def _multiply(
         self,
@@ -148,7 +152,10 @@ class CudaKernels(Kernels):
         float_out: bool = False,
         gated: Literal["silu", "gelu_tanh"] | None = None,
     ) -> torch.Tensor:
-        """TileKernels.multiply, a few tokens a launch."""
+        """What _few found: one launch for up to four tokens, one for up to 64, or four tokens a launch."""
+        single = x.shape[0] <= MAX_TOKENS and self.tile_kernels.takes(weights, x.shape[0])
+        if not single and self.small_batch_kernels.takes(weights, x.shape[0]):
+            return self.small_batch_kernels.multiply(x, weights, bias, float_out=float_out, gated=gated)
         products = [
             self.tile_kernels.multiply(part, weights, bias, float_out=float_out, gated=gated)
             for part in x.split(MAX_TOKENS)
@@ -169,7 +176,7 @@ class CudaKernels(Kernels):
         return y if bias is None else y.add_(bias.to(y.dtype))
 
 
-def _joined(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[QuantTensor]) -> torch.Tensor | None:
+def joined_biases(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[QuantTensor]) -> torch.Tensor | None:
     """One float32 vector over all rows, zeros where a weight has no bias; None where none has."""
     if biases is None or all(bias is None for bias in biases):
         return None

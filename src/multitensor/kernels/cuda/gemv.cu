@@ -560,6 +560,24 @@ __device__ __forceinline__ void store_quants(const int (&q)[8], int kb, int n, i
     }
 }
 
+// The same for 16-bit integers: token n's high bytes in column 2 n, low bytes in column 2 n + 1.
+__device__ __forceinline__ void store_exact(const float (&v)[8], float most, int kb, int n, int batch, int lane, u8* quants, u8* sums, float* scale) {
+    const float inverse = most > 0.f ? 32512.f / most : 0.f;
+    int q[8], r[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const int value = __float2int_rn(v[i] * inverse);
+        q[i] = (value + 128) >> 8;
+        r[i] = value - 256 * q[i];
+    }
+    store_quants(q, kb, 2 * n, batch, lane, quants, sums);
+    store_quants(r, kb, 2 * n + 1, batch, lane, quants, sums);
+    if (lane == 0) {
+        scale[kb * 8 + 2 * n] = most / 127.f;
+        scale[kb * 8 + 2 * n + 1] = most / 32512.f;
+    }
+}
+
 template <bool EXACT, bool BFLOAT>
 __device__ void quantise(const u8* x, int columns, int phase, int n_kb, int tokens, u8* quants, u8* sums, float* scale) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
@@ -583,24 +601,11 @@ __device__ void quantise(const u8* x, int columns, int phase, int n_kb, int toke
 #pragma unroll
             for (int i = 0; i < 8; i++) v[i] = unpack<BFLOAT>(w[i >> 1], i & 1);
             const float most = absolute_max(v);
-            int q[8];
             if (EXACT) {
-                const float inverse = most > 0.f ? 32512.f / most : 0.f;
-                int r[8];
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    const int value = __float2int_rn(v[i] * inverse);
-                    q[i] = (value + 128) >> 8;
-                    r[i] = value - 256 * q[i];
-                }
-                store_quants(q, kb, 2 * n, batch, lane, quants, sums);
-                store_quants(r, kb, 2 * n + 1, batch, lane, quants, sums);
-                if (lane == 0) {
-                    scale[kb * 8 + 2 * n] = most / 127.f;
-                    scale[kb * 8 + 2 * n + 1] = most / 32512.f;
-                }
+                store_exact(v, most, kb, n, batch, lane, quants, sums, scale);
             } else {
                 const float inverse = most > 0.f ? 127.f / most : 0.f;
+                int q[8];
 #pragma unroll
                 for (int i = 0; i < 8; i++) q[i] = __float2int_rn(v[i] * inverse);
                 store_quants(q, kb, n, batch, lane, quants, sums);

@@ -1,0 +1,161 @@
+"""The launch from one attention to the next (layer.cu) against the same arithmetic in float64, many in a row."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import random_weights as rw
+
+from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, Matrices, places_bytes, type_pair
+from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
+from multitensor.kernels.dequantize import dequantize
+from multitensor.parallel.peer_memory import NOTHING
+
+pytestmark = pytest.mark.gpu
+EPS = 1e-5
+LAUNCHES = 4  # of a step: not a multiple of the sets of places
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    from multitensor.kernels.cuda.matrix import TileKernels
+
+    return TileKernels(torch.device("cuda:0"))
+
+
+def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int) -> tuple[TiledTensor, torch.Tensor]:
+    kind = rw.QUANT_TYPES[name]
+    planes = rw.slice_of(kind, rw.random_raw(kind, rows, cols, seed, 5e-4), start, stop, "cuda")
+    tiled, numbers = to_tiles(planes), dequantize(planes).double()
+    return tiled, numbers
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * w.double()
+
+
+class Case:
+    """One layer's weights: hidden, attention columns [a0, a1) of 2 a1, units [f0, f1) of more, two types."""
+
+    def __init__(self, types: tuple[str, str], hidden: int, heads: tuple[int, int], ffn: tuple[int, int], **more: Any):
+        first, second = types
+        whole = -(-max(heads[1], ffn[1]) // 256) * 256
+        self.output = weight(first, hidden, whole, *heads, 1)
+        rows = ffn[1] - ffn[0]
+        self.gate, self.up = weight(first, rows, hidden, 0, hidden, 2), weight(second, rows, hidden, 0, hidden, 3)
+        self.down = weight(second, hidden, whole, *ffn, 4)
+        self.following = [
+            weight(name, n, hidden, 0, hidden, 5 + n) for name, n in ((first, 200), (first, 72), (second, 72))
+        ]
+        self.hidden, self.types = hidden, types
+        generator = torch.Generator("cuda").manual_seed(0)
+
+        def vector(n: int, present: bool = True) -> torch.Tensor | None:
+            return torch.rand(n, device="cuda", generator=generator) + 0.5 if present else None
+
+        post, bias = more.get("post", False), more.get("bias", False)
+        self.norms = {"ffn_norm": vector(hidden), "next_norm": vector(hidden)}
+        self.norms |= {"post_attention_norm": vector(hidden, post), "post_ffn_norm": vector(hidden, post)}
+        self.biases = [vector(n, bias) for n in (hidden, 2 * rows, hidden, 344)]
+        parts = ((self.output,), (self.gate, self.up), (self.down,), self.following)
+        matrices = [Matrices(tuple(t for t, _ in part), b) for part, b in zip(parts, self.biases, strict=True)]
+        self.phases = LayerPhases(*matrices, **self.norms, logits=more.get("logits", False))
+
+    def wanted(self, mixed: torch.Tensor, residual: torch.Tensor, gelu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        def product(x: torch.Tensor, ws: Any, bias: torch.Tensor | None) -> torch.Tensor:
+            y = torch.cat([x @ w.T for _, w in ws], dim=1)
+            return y if bias is None else y + bias.double()
+
+        def added(r: torch.Tensor, x: torch.Tensor, post: torch.Tensor | None) -> torch.Tensor:
+            return r + (x if post is None else normed(x, post))
+
+        norms = self.norms
+        x = product(mixed.double(), [self.output], self.biases[0])
+        residual = added(residual.double(), x, norms["post_attention_norm"])
+        gate, up = product(normed(residual, norms["ffn_norm"]), [self.gate, self.up], self.biases[1]).chunk(2, dim=1)
+        act = torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
+        inner = (act * up).to(mixed.dtype).double()
+        residual = added(residual, product(inner, [self.down], self.biases[2]), norms["post_ffn_norm"])
+        return product(normed(residual, norms["next_norm"]), self.following, self.biases[3]), residual
+
+
+CASES = {
+    "one type": (("Q4_K", "Q4_K"), 1024, (0, 1024), (0, 2816), {}),
+    "two types": (("Q4_K", "Q6_K"), 4096, (0, 4096), (0, 14336), {}),
+    "cut inside super-blocks, post norms": (("Q4_K", "Q6_K"), 576, (64, 320), (384, 768), {"post": True}),
+    "biases, logits": (("Q8_0", "Q4_1"), 2304, (96, 1120), (32, 1184), {"bias": True, "logits": True}),
+    "wide": (("Q5_K", "Q4_0"), 8192, (0, 2048), (0, 3584), {"post": True, "bias": True}),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> None:
+    types, hidden, heads, ffn, more = CASES[name]
+    case = Case(types, hidden, heads, ffn, **more)
+    assert type_pair(w for m in case.phases.products for w in m.weights)
+    memory = torch.full((places_bytes(hidden, tokens, 1) // 4,), NOTHING, dtype=torch.int32, device="cuda")
+    kernel = LayerKernel(
+        kernels,
+        types,
+        dtype,
+        hidden=hidden,
+        tokens=tokens,
+        rank=0,
+        places=torch.tensor([memory.data_ptr()], device="cuda"),
+        own=memory,
+        inner=ffn[1] - ffn[0],
+        widest=case.phases.widest,
+    )
+    steps = torch.zeros(1, dtype=torch.int32, device="cuda")
+    gelu = bool(more)
+    for launch in range(5 * LAUNCHES):
+        steps.fill_(launch // LAUNCHES % 3)
+        mixed = torch.randn(tokens, heads[1] - heads[0], device="cuda", dtype=dtype)
+        residual = torch.randn(tokens, hidden, device="cuda")
+        if launch == 7:
+            mixed.zero_()  # sums that are exactly zero, of either sign, must arrive
+        out_type = torch.float32 if case.phases.logits else dtype
+        out = torch.full((tokens, case.phases.following.rows), float("nan"), device="cuda", dtype=out_type)
+        new_residual = torch.full_like(residual, float("nan"))
+        arguments: dict[str, Any] = {
+            "eps": EPS,
+            "gelu": gelu,
+            "steps": steps,
+            "launches": LAUNCHES,
+            "number": launch % LAUNCHES,
+        }
+        kernel.run(case.phases, mixed, residual, new_residual, out, **arguments)
+        wanted, wanted_residual = case.wanted(mixed, residual, gelu)
+        rounding = 2e-2 if dtype == torch.bfloat16 else 3e-3  # of the activations between gate-up and down
+        assert error(new_residual, wanted_residual) < rounding
+        for columns in (slice(0, 200), slice(200, 272), slice(272, 344)):
+            assert error(out[:, columns], wanted[:, columns]) < rounding
+
+
+def test_what_does_not_fit_is_refused(kernels: Any) -> None:
+    with pytest.raises(ValueError, match="no room"):
+        LayerKernel(
+            kernels,
+            ("Q4_K", "Q6_K"),
+            torch.float16,
+            hidden=8192,
+            tokens=2,
+            rank=0,
+            places=torch.zeros(1, dtype=torch.int64, device="cuda"),
+            own=None,
+            inner=256 * 300,
+            widest=300,
+        )
