@@ -102,6 +102,8 @@ class EngineConfig:
     block_size: tokens in one KV block.
     prefix_cache: who may reuse what was computed of a prompt's beginning: "shared", all requests; "key", those of one
     API key (else the time to the first token tells whether somebody sent the same beginning); "off".
+    p2p: whether GPUs may use each other's memory. None: where a probe finds that it works; True: it has to work; False:
+    never, nor may NCCL.
     """
 
     model: str
@@ -112,3 +114,4 @@ class EngineConfig:
     max_batch_tokens: int
     block_size: int
     prefix_cache: Literal["shared", "key", "off"] = "shared"
+    p2p: bool | None = None

@@ -95,6 +95,7 @@ def command(
     ctx: options.Ctx = None,
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
+    p2p: options.P2p = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode of MODEL, warm, as medians, and how near decoding comes to the memory's speed.
@@ -121,6 +122,7 @@ def command(
                 max_model_len=ctx or work.context,
                 dtype=dtype,
                 kv_type=kv_type,
+                p2p=p2p,
                 max_num_seqs=max(batches),
                 # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.
                 prefix_cache="shared" if depth else "off",

@@ -37,4 +37,12 @@ Dtype = Annotated[
 KvType = Annotated[
     str | None, typer.Option("--kv-type", help="Type of the KV cache: auto, f32, f16, bf16.", show_default=False)
 ]
+P2p = Annotated[
+    bool | None,
+    typer.Option(
+        "--p2p/--no-p2p",
+        help="Whether GPUs may use each other's memory. Default: where a probe finds that it works.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -46,6 +46,7 @@ def command(
     ctx: options.Ctx = None,
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
+    p2p: options.P2p = None,
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest that sum to p.")] = 0.95,
@@ -78,6 +79,7 @@ def command(
             max_model_len=ctx,
             dtype=dtype,
             kv_type=kv_type,
+            p2p=p2p,
             seed=seed,
         )
     with llm:

@@ -57,6 +57,7 @@ def command(
     ] = None,
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
+    p2p: options.P2p = None,
     seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
     prefix_cache: Annotated[
         PrefixCache,
@@ -122,6 +123,7 @@ def command(
         max_num_seqs=parallel,
         dtype=dtype,
         kv_type=kv_type,
+        p2p=p2p,
         seed=seed,
         prefix_cache=prefix_cache.value,
     )

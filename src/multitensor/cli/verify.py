@@ -23,6 +23,7 @@ def command(
     ctx: options.Ctx = None,
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
+    p2p: options.P2p = None,
     as_json: options.Json = False,
 ) -> None:
     """Check that MODEL, cut over ranks, computes what the whole MODEL computes.
@@ -43,6 +44,7 @@ def command(
             max_model_len=ctx,
             dtype=dtype,
             kv_type=kv_type,
+            p2p=p2p,
         )
     with llm:
         for warning in llm.plan.warnings:

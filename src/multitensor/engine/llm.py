@@ -53,6 +53,7 @@ class LLM:
     max_model_len (alias context): tokens of prompt and answer together; default the model's own, or what fits.
     dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16".
     seed: of requests that have none of their own.
+    p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """
@@ -68,6 +69,7 @@ class LLM:
         dtype: str | None = None,
         kv_type: str | None = None,
         seed: int = 0,
+        p2p: bool | None = None,
         tensor_parallel: int | None = None,
         context: int | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class LLM:
             dtype=dtype,
             kv_type=kv_type,
             seed=seed,
+            p2p=p2p,
         )
 
     @classmethod
@@ -195,6 +198,12 @@ class LLM:
         """Bytes that each rank holds, as measured."""
         with self._exclusive() as engine:
             return engine.call("memory")
+
+    def reductions(self) -> dict[str, Any]:
+        """How sums over ranks travel. "small": those of a decode step, over peer memory or through NCCL, "none" with
+        one rank; "why": why not over peer memory, or None; "microseconds": what both took when the ranks started."""
+        with self._exclusive() as engine:
+            return engine.call("reductions")[0]
 
     # --- writing ---
 

@@ -47,13 +47,15 @@ def prepare(
     block_size: int = BLOCK_SIZE,
     allow_planned_devices: bool = False,
     prefix_cache: Literal["shared", "key", "off"] = "shared",
+    p2p: bool | None = None,
 ) -> Prepared:
     """Opens the model's headers and plans it; reads no weight.
 
     devices: "cpu:2", "cuda:0,cuda:1=24GiB", a list of such, or None for every GPU found (or one CPU rank). ratio:
     "3,1", numbers, or a mapping from kind to numbers. max_model_len: context in tokens. dtype "float32" given
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
-    prefix_cache: which requests reuse what was computed of a common beginning, as in EngineConfig.
+    prefix_cache: which requests reuse what was computed of a common beginning; p2p: whether GPUs may use each other's
+    memory; both as in EngineConfig.
     Raises InputError and DoesNotFit in one line.
     """
     if not isinstance(model, (str, Path)) or not str(model):
@@ -96,6 +98,7 @@ def prepare(
         max_batch_tokens=batch_tokens,
         block_size=block_size,
         prefix_cache=prefix_cache,
+        p2p=p2p,
     )
     return Prepared(checkpoint, spec, plan, config)
 

@@ -21,6 +21,7 @@ from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group
+from multitensor.sharding.memory import peer_memory_bytes
 from multitensor.sharding.plan import Plan
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class ModelRunner:
             )
             for _ in self.plan.spec.layers
         ]
+        if self.kernels.name == "cuda":
+            vocabulary = tuple(rank.vocabulary.size for rank in self.plan.ranks)
+            self.group.open_peer_memory(peer_memory_bytes(self.plan))
+            self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype)
         self._graphs = self._decode_graphs()
         self.group.barrier()
 
@@ -258,7 +263,7 @@ class ModelRunner:
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, as measured: resident weights, KV cache, and on a GPU what torch's allocator
-        has handed out and reserved, on a CPU the resident memory of the process."""
+        has handed out and reserved and what peers see of it, on a CPU the resident memory of the process."""
         held = {id(weight): weight.nbytes for weight in self.weights.values()}
         result = {
             "weights_bytes": sum(held.values()),
@@ -266,6 +271,8 @@ class ModelRunner:
         }
         if self.device.type == "cuda":
             result["allocated_bytes"] = torch.cuda.memory_allocated(self.device)
+            peer_memory = self.group.peer_memory
+            result["peer_bytes"] = peer_memory.local.nbytes if peer_memory is not None else 0
             result["reserved_bytes"] = torch.cuda.memory_reserved(self.device)
         else:
             import psutil
@@ -278,6 +285,10 @@ class ModelRunner:
         from multitensor.engine.measure import measure
 
         return measure(self, batches)
+
+    def reductions(self) -> dict[str, Any]:
+        """How this rank's sums over ranks travel, and what was measured to choose it: as Group.describe_reductions."""
+        return self.group.describe_reductions()
 
     def verify(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
         """The split model against the whole one; see engine/verify.py. Collective; every rank returns the result."""

@@ -101,7 +101,7 @@ def _serve(bootstrap: Bootstrap, rank: int, group_fd: int, port: RankChannel) ->
 
     plan = bootstrap.plan
     device = _prepare_device(bootstrap, rank)
-    group = _make_group(plan.size, rank, device, group_fd)
+    group = _make_group(plan.size, rank, device, group_fd, bootstrap.config.p2p)
     serve_rank(bootstrap.factory, plan, rank, bootstrap.config, group, device, port)
 
 
@@ -117,14 +117,15 @@ def _prepare_device(bootstrap: Bootstrap, rank: int) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         if declared.capacity_bytes < declared.total_bytes:
-            # torch's allocator is not all that counts against a cap: the CUDA context and NCCL lie beside it.
+            # torch's allocator is not all that counts against a cap: these lie beside it.
             parts = device_memory(bootstrap.plan)[rank].buffer_parts
-            room = declared.capacity_bytes - parts.get("cuda_context", 0) - parts.get("nccl", 0)
+            beside = sum(parts.get(name, 0) for name in ("cuda_context", "nccl", "peer_memory"))
+            room = declared.capacity_bytes - beside
             torch.cuda.set_per_process_memory_fraction(max(0, room) / declared.total_bytes, device)
     return device
 
 
-def _make_group(size: int, rank: int, device: torch.device, group_fd: int) -> Group:
+def _make_group(size: int, rank: int, device: torch.device, group_fd: int, p2p: bool | None) -> Group:
     from multitensor.parallel.group import SingleGroup
 
     if size == 1:
@@ -135,7 +136,7 @@ def _make_group(size: int, rank: int, device: torch.device, group_fd: int) -> Gr
         return SharedMemoryGroup(SharedRegion(os.dup(group_fd)), rank)
     from multitensor.parallel.torch_group import make_torch_group
 
-    return make_torch_group(rank, size, device, f"/proc/self/fd/{group_fd}")
+    return make_torch_group(rank, size, device, f"/proc/self/fd/{group_fd}", p2p=p2p)
 
 
 def _end_with_engine(control: socket.socket) -> None:

@@ -51,6 +51,15 @@ class Group(ABC):
         reason why not. Waits for a probe that has run since the group was made. Raises InputError where peer memory
         was demanded and there is none."""
 
+    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:  # noqa: B027
+        """Collective, after `open_peer_memory`: decides by timing how sums of few rows [T, hidden] travel, the hidden
+        states being `dtype`. vocabulary: columns of each rank's logits."""
+
+    def describe_reductions(self) -> dict[str, Any]:
+        """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; microseconds: by
+        number of rows and way, as timed, with the norm."""
+        return {"small": "none" if self.size == 1 else "host memory", "why": None, "microseconds": {}}
+
     def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
         """Makes every other rank's pending and future calls raise RankFailed, where the backend can. Does not wait."""
 
@@ -73,6 +82,21 @@ class Group(ABC):
             total = self.kernels.rms_norm(total, post_norm_weight, eps)
         normed, residual = self.kernels.add_rms_norm(total, residual, norm_weight, eps)
         return normed, residual
+
+    def reduce_add_norm_into(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        post_norm_weight: torch.Tensor | None = None,
+    ) -> None:
+        """`reduce_add_norm` for CUDA graphs: residual float32, the norm into `out`, only kernels that a graph can
+        hold. `kernels` must be the CUDA ones."""
+        total = self.all_reduce(partial)
+        add_norm = self.kernels.decode_kernels.add_rms_norm
+        add_norm(residual, total, norm_weight, eps, out, post_weight=post_norm_weight)
 
 
 class SingleGroup(Group):

@@ -1,4 +1,5 @@
-"""Ranks on GPUs: torch.distributed with NCCL, or gloo (through host memory) where this torch has no NCCL.
+"""Ranks on GPUs: torch.distributed with NCCL, or gloo (through host memory) where this torch has no NCCL; small sums
+over the GPUs' view of each other's memory, where that works and is faster (peer_reductions.py).
 
 NCCL gives all ranks of one reduction the same bits (its rings and trees compute each element once and hand it on), in
 an order of its own. NVLink multicast stays off: it reduces inside the switch, and is not available everywhere.
@@ -12,14 +13,17 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from multitensor.errors import InputError
+from multitensor.kernels.cuda.reduce import PeerReduction
 from multitensor.parallel.group import Group, SingleGroup, check_gather, wire_dtype
 from multitensor.parallel.peer_memory import PeerMemory, open_peer_memory
 from multitensor.parallel.peer_probe import PeerProbe
+from multitensor.parallel.peer_reductions import PeerReductions, make_peer_reductions
 
 _LOADING = timedelta(hours=24)  # ranks may load for very different times; the engine, not a timeout, ends the hopeless
 _MAPPING = timedelta(seconds=60)  # for mapping peers' memory, after which a rank that failed at it is not waited for
@@ -56,6 +60,7 @@ class TorchGroup(Group):
         self.backend = backend
         self._p2p = p2p
         self._probe: PeerProbe | None = None
+        self._peers: PeerReductions | str = "not asked for"
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         if p2p is False:
             os.environ["NCCL_P2P_DISABLE"] = "1"
@@ -107,6 +112,48 @@ class TorchGroup(Group):
         finally:
             self._store.set_timeout(_LOADING)
 
+    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:
+        self._peers = make_peer_reductions(self, hidden, vocabulary, dtype)
+
+    def describe_reductions(self) -> dict[str, Any]:
+        name = "NCCL" if self.backend == "nccl" else self.backend
+        if isinstance(self._peers, str):
+            return {"small": name, "why": self._peers, "microseconds": {}}
+        return self._peers.describe(name)
+
+    def reduce_add_norm(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        post_norm_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        peers = self._peers_for(partial, residual)
+        if peers is None:
+            return super().reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)
+        out = torch.empty_like(partial)
+        peers.reduce_add_norm(partial, residual, norm_weight, eps, out, post_weight=post_norm_weight)
+        return out, residual
+
+    def reduce_add_norm_into(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        out: torch.Tensor,
+        post_norm_weight: torch.Tensor | None = None,
+    ) -> None:
+        peers = self._peers_for(partial, residual)
+        if peers is None:
+            super().reduce_add_norm_into(partial, residual, norm_weight, eps, out, post_norm_weight)
+        else:
+            peers.reduce_add_norm(partial, residual, norm_weight, eps, out, post_weight=post_norm_weight)
+
+    def _peers_for(self, partial: torch.Tensor, residual: torch.Tensor) -> PeerReduction | None:
+        return None if isinstance(self._peers, str) else self._peers.reduction(partial, residual)
+
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """NCCL: in x's own type, in place. gloo: every rank adds all parts in rank order, in float32."""
         if x.numel() == 0:
@@ -127,8 +174,11 @@ class TorchGroup(Group):
         return parts
 
     def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """Padded to the widest part: collectives move equal sizes."""
+        """Through NCCL or gloo padded to the widest part: they move equal sizes."""
         check_gather(x, sizes, self.rank, self.size)
+        gathered = None if isinstance(self._peers, str) else self._peers.gather(x, sizes)
+        if gathered is not None:
+            return gathered
         tokens, widest = x.shape[0], max(sizes)
         if tokens == 0 or widest == 0:
             return x.new_empty((tokens, sum(sizes)))
@@ -160,5 +210,5 @@ class TorchGroup(Group):
     def close(self) -> None:
         if self._open:
             self._open = False
-            self.peer_memory = None
+            self._peers, self.peer_memory = "the group is closed", None
             dist.destroy_process_group()

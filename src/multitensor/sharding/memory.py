@@ -15,6 +15,11 @@ MIB = 1 << 20
 # NCCL's channels when there is more than one rank.
 CUDA_CONTEXT_BYTES = 640 * MIB
 NCCL_BYTES = 256 * MIB
+# Memory that every GPU shares with its peers: receive buffers of sums and of gathered logits, three sets of each, of so
+# many rows, float32; and as much again as for the sums, for kernels that take in several of a layer's steps.
+PEER_SETS = 3
+PEER_TOKENS = 64
+PEER_GATHER_TOKENS = 8
 # torch's caching allocator rounds blocks up and keeps freed ones. Calibrated: with 256 MiB here, two H200s with 70.6 GB
 # of FP16 weights each used 456 MB more than planned, as the driver counts.
 CUDA_ALLOCATOR_BYTES = 768 * MIB
@@ -77,6 +82,15 @@ def context_bytes_per_token(plan: Plan) -> int:
     return ropes + 4 * plan.max_num_seqs
 
 
+def peer_memory_bytes(plan: Plan) -> int:
+    """Of the buffer that every GPU shares with its peers; 0 with one rank, and on CPUs."""
+    if plan.size == 1 or any(rank.device.kind == "cpu" for rank in plan.ranks):
+        return 0
+    sums = plan.size * PEER_TOKENS * plan.spec.hidden_size
+    logits = PEER_GATHER_TOKENS * plan.spec.vocab_size
+    return 4 * PEER_SETS * (2 * sums + logits) + MIB
+
+
 def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     """Everything that is neither weights nor KV. Work is done one phase at a time, so the largest phase counts."""
     spec, tokens, on_cpu = plan.spec, plan.max_batch_tokens, rank.device.kind == "cpu"
@@ -97,4 +111,5 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     if on_cpu:
         return {**parts, "process": CPU_PROCESS_BYTES}
     nccl = NCCL_BYTES if plan.size > 1 else 0
-    return {**parts, "cuda_context": CUDA_CONTEXT_BYTES, "nccl": nccl, "allocator": CUDA_ALLOCATOR_BYTES}
+    outside = {"cuda_context": CUDA_CONTEXT_BYTES, "nccl": nccl, "peer_memory": peer_memory_bytes(plan)}
+    return {**parts, **outside, "allocator": CUDA_ALLOCATOR_BYTES}

@@ -1,0 +1,116 @@
+"""Which way small sums go, and what a group does that cannot, or may not, use peer memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_fakes import run_forked
+
+from multitensor.engine.prepare import prepare
+from multitensor.errors import InputError
+from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
+from multitensor.parallel.group import SingleGroup
+from multitensor.parallel.local_group import LocalGroup
+from multitensor.parallel.peer_reductions import TRIALS, Timing, decide
+from multitensor.parallel.torch_group import make_torch_group
+from multitensor.sharding.memory import PEER_GATHER_TOKENS, PEER_TOKENS, peer_memory_bytes
+from synthetic import write_gguf
+
+CPU = torch.device("cpu")
+
+
+def test_the_fastest_of_the_slowest_ranks_is_chosen() -> None:
+    timings = [
+        Timing(1, 14e-6, {1: 6e-6, 4: 5e-6}),
+        Timing(8, 15e-6, {1: 7e-6, 4: 8e-6}),
+        Timing(64, 20e-6, {1: 30e-6}),
+    ]
+    assert decide(timings) == [(1, 4), (8, 1)]
+
+
+def test_nccl_where_it_is_faster_or_alone() -> None:
+    assert decide([Timing(1, 5e-6, {1: 6e-6, 4: 7e-6}), Timing(8, 15e-6, {1: 7e-6})]) == []
+    assert decide([Timing(1, 5e-6, {})]) == []
+
+
+seconds = st.floats(1e-7, 1e-3)
+
+
+@given(st.lists(st.tuples(seconds, seconds, seconds), min_size=3, max_size=3))
+def test_a_chosen_way_is_never_slower_than_nccl(table: list[tuple[float, float, float]]) -> None:
+    timings = [Timing(n, nccl, {1: one, 4: four}) for n, (nccl, one, four) in zip(TRIALS, table, strict=True)]
+    chosen = decide(timings)
+    assert [tokens for tokens, _ in chosen] == list(TRIALS[: len(chosen)])
+    for (_, parts), timing in zip(chosen, timings, strict=False):
+        assert timing.peer[parts] == min(timing.peer.values()) < timing.nccl
+
+
+@pytest.mark.parametrize("devices", ["24GiB,24GiB", "24GiB,12GiB,24GiB"])
+def test_the_buffer_that_is_planned_holds_what_is_carved(tmp_path: Path, devices: str) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", types="Q8_0", hidden=64, n_heads=4, n_kv_heads=2, vocab=320)
+    plan = prepare(path, devices=devices, allow_planned_devices=True).plan
+    sums = PeerReduction.nbytes(plan.size, plan.spec.hidden_size, PEER_TOKENS)
+    logits = PeerGather.nbytes(plan.spec.vocab_size, PEER_GATHER_TOKENS)
+    assert peer_memory_bytes(plan) >= 2 * sums + logits + 4 * 256
+    assert peer_memory_bytes(prepare(path, devices="cpu:2").plan) == 0
+    assert peer_memory_bytes(prepare(path, devices="24GiB", allow_planned_devices=True).plan) == 0
+
+
+def gloo(p2p: bool | None) -> list[Any]:
+    """What each of two gloo ranks says of its reductions, or why it refused."""
+    store = os.memfd_create("store")
+
+    def one(rank: int) -> Any:
+        group = make_torch_group(rank, 2, CPU, f"/proc/self/fd/{store}", "gloo", p2p)
+        try:
+            group.open_peer_memory(1 << 20)
+        except InputError as error:
+            return str(error)
+        group.choose_reductions(64, [100, 60], torch.float16)
+        partial, residual = torch.full((3, 64), float(rank + 1)), torch.zeros(3, 64)
+        normed, residual = group.reduce_add_norm(partial, residual, torch.ones(64), 0.0)
+        gathered = group.all_gather_last(torch.full((2, (100, 60)[rank]), float(rank)), [100, 60])
+        group.barrier()
+        group.close()
+        sums = residual.unique().tolist(), normed.unique().tolist(), gathered.sum().item()
+        return group.peer_memory, group.describe_reductions()["small"], sums, os.environ.get("NCCL_P2P_DISABLE")
+
+    try:
+        return run_forked(2, one)
+    finally:
+        os.close(store)
+
+
+@pytest.mark.processes
+def test_ranks_without_nccl_have_no_peer_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
+    for answer in gloo(None):
+        assert answer == (None, "gloo", ([3.0], [1.0], 120.0), None)
+
+
+@pytest.mark.processes
+def test_forbidden_access_is_forbidden_to_nccl_too() -> None:
+    for answer in gloo(False):
+        assert answer == (None, "gloo", ([3.0], [1.0], 120.0), "1")
+
+
+@pytest.mark.processes
+def test_demanded_access_that_is_not_there_is_an_error() -> None:
+    for answer in gloo(True):
+        assert answer == (
+            "peer-to-peer access was demanded, but the ranks talk through gloo; leave the demand out to use NCCL"
+        )
+
+
+def test_other_groups_say_that_there_is_nothing_to_choose() -> None:
+    for group, small in ((SingleGroup(), "none"), (LocalGroup.make(2)[0], "host memory")):
+        group.open_peer_memory(1 << 20)
+        group.choose_reductions(64, [64], torch.float16)
+        assert group.peer_memory is None
+        assert group.describe_reductions() == {"small": small, "why": None, "microseconds": {}}
