@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -165,3 +167,46 @@ def test_host_memory_stays_small(tmp_path: Path) -> None:
     resident, grown = map(int, done.stdout.split())
     assert resident > 50 << 20
     assert grown < resident + (96 << 20)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 4 << 20])
+def test_tensors_are_adopted_one_by_one_when_complete(
+    chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is handed over is whole, norm offset included, and what comes back is kept."""
+    monkeypatch.setattr(loader, "CPU_CHUNK_BYTES", chunk_bytes)
+    path = write_gguf(tmp_path / "m.gguf", hidden=256, ffn=768, n_layers=1, types="Q4_K")
+    checkpoint = open_checkpoint(path)
+    plan = cpu_plan(checkpoint, (1.0, 2.0))
+    plan = replace(plan, spec=replace(plan.spec, norm_offset=1.0))
+    plain = load_rank(checkpoint, plan, 1, CPU)
+    seen: dict[str, QuantTensor | torch.Tensor] = {}
+
+    def adopt(weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
+        ((name, weight),) = weights.items()
+        assert name not in seen
+        seen[name] = copy.deepcopy(weight)
+        return {name: torch.tensor([float(len(seen))])}
+
+    kept = load_rank(checkpoint, plan, 1, CPU, adopt=adopt)
+    assert list(kept) == list(seen) == list(plain)
+    assert [float(kept[name]) for name in kept] == [float(i + 1) for i in range(len(kept))]
+    for name, weight in plain.items():
+        other = seen[name]
+        if isinstance(weight, QuantTensor):
+            assert isinstance(other, QuantTensor)
+            assert all(torch.equal(plane, other.planes[key]) for key, plane in weight.planes.items())
+        else:
+            assert torch.equal(weight, other)
+
+
+def test_columns_are_picked_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little of the file is mapped at a time."""
+    path = write_gguf(tmp_path / "m.gguf", hidden=256, ffn=768, n_layers=1, types="Q8_0")
+    checkpoint = open_checkpoint(path)
+    plan = cpu_plan(checkpoint, (1.0, 1.0))
+    whole = load_rank(checkpoint, plan, 1, CPU)["blk.0.ffn_down.weight"]
+    monkeypatch.setattr(loader, "MAPPED_BYTES", 1000)
+    pieces = load_rank(checkpoint, plan, 1, CPU)["blk.0.ffn_down.weight"]
+    assert isinstance(whole, QuantTensor) and isinstance(pieces, QuantTensor)
+    assert all(torch.equal(plane, pieces.planes[key]) for key, plane in whole.planes.items())

@@ -102,7 +102,8 @@ class ModelRunner:
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads this rank's weights and allocates its part of the KV cache; returns when all ranks have done so."""
-        self.weights = self.kernels.adopt(load_rank(self.checkpoint, self.plan, self.rank, self.device, progress))
+        adopt = self.kernels.adopt
+        self.weights = load_rank(self.checkpoint, self.plan, self.rank, self.device, progress, adopt)
         self._decoder = Decoder(self.plan, self.rank, self.weights, self.kernels, self.group, self.dtype, self.device)
         shape = (
             self.plan.kv_tokens // self.plan.block_size,

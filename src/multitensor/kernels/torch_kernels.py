@@ -27,7 +27,8 @@ class Kernels:
         self._head_groups: dict[tuple[tuple[int, ...], int], HeadGroups] = {}
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
-        """A rank's weights, just loaded, in the layout that these kernels want: once, before the model is built."""
+        """Some of a rank's weights, just loaded, in the layout that these kernels want: once each, before the model is
+        built."""
         return dict(weights)
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:

@@ -3,14 +3,15 @@
 A rank reads only the file bytes of its own slices: a range of rows is one contiguous range of the file, a range of
 columns is a strided set of blocks, widened to whole file blocks. They pass through the host a chunk at a time: for a
 GPU through a few pinned buffers, which reader threads fill while the chunks before are repacked on the device; on a CPU
-each thread reads and repacks chunks of its own. Not one bit of a weight is changed.
+each thread reads and repacks chunks of its own. A complete tensor is put into the kernels' layout at once, while
+the next ones are read. Not one bit of a weight is changed.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,9 +29,12 @@ from multitensor.sharding.plan import Plan, Slice, TensorPlan
 
 Progress = Callable[[int, int], None]
 Weight = QuantTensor | torch.Tensor
+Adopt = Callable[[Mapping[str, Weight]], Mapping[str, Weight]]  # as Kernels.adopt
+Finish = Callable[[str, Weight], Weight]  # from a tensor that is complete to what is kept of it
 
 CUDA_CHUNK_BYTES = 32 << 20
-CUDA_BUFFERS = 4
+CUDA_READERS = 8  # threads at most: one copies 4 to 8 GB/s out of the page cache, a link takes 55
+MAPPED_BYTES = 4 << 20  # of the file, mapped at a time by a thread that picks columns
 CPU_CHUNK_BYTES = 1 << 20  # repacking makes temporaries of a few times the chunk, in each thread
 CPU_THREADS = 16  # at most
 
@@ -59,10 +63,9 @@ _Step = Callable[[_Chunk, torch.Tensor], None]  # what is done with a chunk and 
 
 @dataclass
 class _Staging:
-    """A pinned host buffer, its copy on the device, and the event after which the host buffer may be filled anew."""
+    """A pinned host buffer, and the event after which it may be filled anew."""
 
     host: torch.Tensor
-    device: torch.Tensor
     free: torch.cuda.Event
 
 
@@ -72,16 +75,24 @@ def load_rank(
     rank: int,
     device: torch.device,
     progress: Progress | None = None,
+    adopt: Adopt | None = None,
 ) -> dict[str, Weight]:
     """This rank's weights by canonical name: matrices as QuantTensor in their file's type, vectors as float32 tensors.
 
     The spec's norm_offset is added to norm weights here, so nothing after the loader knows of it. A tensor of which
-    the rank holds nothing is absent. progress(bytes read, bytes to read) after each chunk.
+    the rank holds nothing is absent. progress(bytes read, bytes to read) after each chunk. adopt: called with each
+    tensor, alone, as soon as it is complete; what it returns is kept instead.
     Raises InputError when a type has no kernel yet or a file ends early.
     """
     wanted = [(tensor, tensor.slices[rank]) for tensor in plan.tensors.values()]
-    weights = load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress)
-    held = sum(weight.nbytes for weight in weights.values())
+    held = 0
+
+    def finish(name: str, weight: Weight) -> Weight:
+        nonlocal held
+        held += weight.nbytes
+        return weight if adopt is None else adopt({name: weight})[name]
+
+    weights = load_tensors(checkpoint, wanted, device, plan.spec.norm_offset, progress, finish)
     planned = sum(tensor.resident_bytes(rank) for tensor in plan.tensors.values())
     if held != planned:
         raise AssertionError(f"rank {rank} holds {held} bytes of weights where the plan has {planned}")
@@ -96,21 +107,33 @@ def load_tensors(
     device: torch.device,
     norm_offset: float,
     progress: Progress | None = None,
+    finish: Finish | None = None,
 ) -> dict[str, Weight]:
     """As `load_rank`, for any choice of tensors and slices; `verify` streams the whole model through it."""
     on_gpu = device.type == "cuda"
     chunk_bytes = CUDA_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES
     weights: dict[str, Weight] = {}
     columns: dict[str, Slice] = {}
+    heights: dict[str, int] = {}
     chunks: list[_Chunk] = []
     for tensor, slices in wanted:
         if sum(s.size for s in slices) == 0:
             continue
         rows, columns[tensor.name] = _ranges(tensor, slices)
-        weights[tensor.name] = _allocate(tensor.decl.info, sum(r.size for r in rows), columns[tensor.name], device)
+        _require_kernel(tensor.decl.info)
+        heights[tensor.name] = sum(r.size for r in rows)
         chunks.extend(_chunks(tensor, rows, columns[tensor.name], chunk_bytes))
+
+    def allocate(chunk: _Chunk) -> None:
+        if chunk.name not in weights:
+            weights[chunk.name] = _allocate(chunk.info, heights[chunk.name], columns[chunk.name], device)
+
+    if not on_gpu:  # on a GPU one after the other: what a tensor leaves behind when it is finished serves the next
+        for chunk in chunks:
+            allocate(chunk)
     total = sum(chunk.nbytes for chunk in chunks)
     done = 0
+    left = Counter(chunk.name for chunk in chunks)
     with ExitStack() as stack:
         fds = [stack.enter_context(open(path, "rb", buffering=0)).fileno() for path in checkpoint.files]
 
@@ -118,17 +141,24 @@ def load_tensors(
             _read(checkpoint, fds[chunk.info.file], chunk, target.numpy())
 
         def store(chunk: _Chunk, raw: torch.Tensor) -> None:
+            allocate(chunk)
             _store(weights[chunk.name], chunk, raw, columns[chunk.name])
 
         for chunk in _through_gpu(chunks, read, store, device) if on_gpu else _through_cpu(chunks, read, store):
             done += chunk.nbytes
+            left[chunk.name] -= 1
+            if not left[chunk.name]:
+                _complete(weights, chunk.name, norm_offset, finish)
             if progress is not None:
                 progress(done, total)
-    if norm_offset:
-        for name, weight in weights.items():
-            if isinstance(weight, torch.Tensor) and name.endswith("_norm.weight"):
-                weight += norm_offset
     return weights
+
+
+def _complete(weights: dict[str, Weight], name: str, norm_offset: float, finish: Finish | None) -> None:
+    weight = weights.pop(name)  # so that `finish` can give up what it replaces
+    if norm_offset and isinstance(weight, torch.Tensor) and name.endswith("_norm.weight"):
+        weight += norm_offset
+    weights[name] = weight if finish is None else finish(name, weight)
 
 
 def _matrix_shape(info: TensorInfo) -> tuple[int, int]:
@@ -153,10 +183,13 @@ def _ranges(tensor: TensorPlan, slices: tuple[Slice, ...]) -> tuple[tuple[Slice,
     raise InputError(f"{tensor.name}: a cut of axis {tensor.axis} in {len(slices)} segments cannot be loaded")
 
 
+def _require_kernel(info: TensorInfo) -> None:
+    if not info.type.computable:
+        raise InputError(f"{info.name}: no kernel computes with type {info.type.name} yet; use a file in another type")
+
+
 def _allocate(info: TensorInfo, rows: int, cols: Slice, device: torch.device) -> Weight:
     kind = info.type
-    if not kind.computable:
-        raise InputError(f"{info.name}: no kernel computes with type {kind.name} yet; use a file in another type")
     if len(info.shape) == 1:
         return torch.empty(cols.size, dtype=torch.float32, device=device)
     planes = {
@@ -204,10 +237,12 @@ def _through_gpu(chunks: list[_Chunk], read: _Step, store: _Step, device: torch.
     """Reads the chunks into pinned buffers ahead, as many as there are; copies and stores one after the other.
 
     A buffer is handed to its reader again at once; the reader waits for the event that says that the copy has ended.
+    All of the device's work is on one stream, so that one buffer there is enough.
     """
     if not chunks:
         return
     nbytes = max(chunk.nbytes for chunk in chunks)
+    readers = max(2, min(CUDA_READERS, torch.get_num_threads()))
     pending: deque[tuple[_Chunk, _Staging, Future[None]]] = deque()
     upcoming = iter(chunks)
 
@@ -215,24 +250,24 @@ def _through_gpu(chunks: list[_Chunk], read: _Step, store: _Step, device: torch.
         buffer.free.synchronize()
         read(chunk, buffer.host[: chunk.nbytes])
 
-    with torch.cuda.device(device), ThreadPoolExecutor(CUDA_BUFFERS - 1, "weights") as pool:
+    with torch.cuda.device(device), ThreadPoolExecutor(readers, "weights") as pool:
 
         def read_ahead(buffer: _Staging) -> None:
             chunk = next(upcoming, None)
             if chunk is not None:
                 pending.append((chunk, buffer, pool.submit(fill, chunk, buffer)))
 
-        for _ in range(min(CUDA_BUFFERS, len(chunks))):
-            host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            read_ahead(_Staging(host, torch.empty(nbytes, dtype=torch.uint8, device=device), torch.cuda.Event()))
+        for _ in range(min(readers + 2, len(chunks))):
+            read_ahead(_Staging(torch.empty(nbytes, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()))
+        staged = torch.empty(nbytes, dtype=torch.uint8, device=device)
         while pending:
             chunk, buffer, future = pending.popleft()
             future.result()
-            raw = buffer.device[: chunk.nbytes]
+            raw = staged[: chunk.nbytes]
             raw.copy_(buffer.host[: chunk.nbytes], non_blocking=True)
             buffer.free.record()
-            store(chunk, raw.view(chunk.rows, -1))
             read_ahead(buffer)
+            store(chunk, raw.view(chunk.rows, -1))
             yield chunk
         torch.cuda.synchronize(device)
 
@@ -243,11 +278,16 @@ def _read(checkpoint: Checkpoint, fd: int, chunk: _Chunk, target: np.ndarray) ->
     if chunk.nbytes == chunk.rows * chunk.row_bytes:
         _read_contiguous(fd, chunk, target, chunk.info.offset + begin)
         return
-    end = begin + chunk.rows * chunk.row_bytes
-    view = checkpoint.raw(chunk.info, begin, end)
-    source = np.frombuffer(view, dtype=np.uint8).reshape(chunk.rows, chunk.row_bytes)
-    target.reshape(chunk.rows, -1)[...] = source[:, chunk.start_byte : chunk.stop_byte]
-    _drop_pages(view, chunk.info.offset + begin)
+    # Out of the mapped file: for columns that is faster than reading whole rows, or each row's piece by a call.
+    rows = target.reshape(chunk.rows, -1)
+    step = max(1, MAPPED_BYTES // chunk.row_bytes)
+    for row in range(0, chunk.rows, step):
+        part = rows[row : row + step]
+        first = begin + row * chunk.row_bytes
+        view = checkpoint.raw(chunk.info, first, first + len(part) * chunk.row_bytes)
+        source = np.frombuffer(view, dtype=np.uint8).reshape(len(part), chunk.row_bytes)
+        part[...] = source[:, chunk.start_byte : chunk.stop_byte]
+        _drop_pages(view, chunk.info.offset + first)
 
 
 def _read_contiguous(fd: int, chunk: _Chunk, target: np.ndarray, offset: int) -> None:

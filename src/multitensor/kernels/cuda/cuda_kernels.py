@@ -43,7 +43,6 @@ class CudaKernels(Kernels):
             if isinstance(weight, QuantTensor) and weight.type.name in TILE_BYTES and weight.rows and weight.cols:
                 weight = to_tiles(weight, self._expander)
             adopted[name] = weight
-        torch.cuda.empty_cache()
         return adopted
 
     def _expander(self, w: TiledTensor, rows: slice | torch.Tensor | None) -> torch.Tensor:

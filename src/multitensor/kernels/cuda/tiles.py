@@ -34,7 +34,7 @@ TILE_BYTES = {
     "IQ4_XS": 2048 + 128 + 32,
     "MXFP4": 2048 + 128,
 }
-_CHUNK_GROUPS = 64  # row groups packed at a time: bounds the scratch
+_PACKED_WEIGHTS = 24 << 20  # at a time: bounds the scratch, of up to ten bytes a weight
 
 
 Expander = Callable[["TiledTensor", "slice | torch.Tensor | None"], torch.Tensor]
@@ -65,8 +65,9 @@ def to_tiles(w: QuantTensor, expander: Expander | None = None) -> TiledTensor:
     """Packs a slice of one of the types in TILE_BYTES."""
     groups, blocks = -(-w.rows // ROWS), -(-(w.phase + w.cols) // COLUMNS)
     tiles = torch.empty((groups, blocks, TILE_BYTES[w.type.name]), dtype=torch.uint8, device=w.device)
-    for first in range(0, groups, _CHUNK_GROUPS):
-        count = min(_CHUNK_GROUPS, groups - first)
+    step = max(1, _PACKED_WEIGHTS // (ROWS * COLUMNS * blocks))
+    for first in range(0, groups, step):
+        count = min(step, groups - first)
         tiles[first : first + count] = _pack(w, first * ROWS, count, blocks)
     return TiledTensor(w.type, w.rows, w.cols, {"tiles": tiles}, w.phase, expander)
 
