@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from multitensor.kernels.cuda.program import Program, launch, shared_limit
-from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor
+from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor, pair_of_types
 
 WARPS = 16
 STAGES = 2
@@ -78,7 +78,7 @@ class TileKernels:
         bias: float32, of all rows. Activations are 16-bit integers, one scale for 256 of them.
         """
         tokens = x.shape[0]
-        types, kinds = _types(weights)
+        types, kinds = pair_of_types(weights)
         width = weights[0].rows if gated else sum(w.rows for w in weights)
         y = torch.empty((tokens, width), dtype=torch.float32 if float_out else x.dtype, device=self.device)
         name = "gemv_gated" if gated else "gemv_float" if float_out else "gemv"
@@ -127,10 +127,3 @@ class TileKernels:
             _NULL if ids is None else ids,
         )
         launch(kernel, grid, 256, 0, arguments)
-
-
-def _types(weights: Sequence[TiledTensor]) -> tuple[tuple[str, str], int]:
-    """The two types that the weights have (the same twice where there is one), and a bit a weight of the second."""
-    names = [w.type.name for w in weights]
-    other = next((name for name in names if name != names[0]), names[0])
-    return (names[0], other), sum(1 << i for i, name in enumerate(names) if name != names[0])

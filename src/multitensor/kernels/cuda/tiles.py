@@ -7,7 +7,7 @@ zero scales, so they add nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,6 +59,13 @@ class TiledTensor(QuantTensor):
 
     def expanded(self, rows: slice | torch.Tensor | None) -> torch.Tensor | None:
         return None if self.expander is None else self.expander(self, rows)
+
+
+def pair_of_types(weights: Sequence[TiledTensor]) -> tuple[tuple[str, str], int]:
+    """The two types that the weights have (the same twice where there is one), and a bit a weight of the second."""
+    names = [w.type.name for w in weights]
+    other = next((name for name in names if name != names[0]), names[0])
+    return (names[0], other), sum(1 << i for i, name in enumerate(names) if name != names[0])
 
 
 def to_tiles(w: QuantTensor, expander: Expander | None = None) -> TiledTensor:

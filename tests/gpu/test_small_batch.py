@@ -1,0 +1,142 @@
+"""Products of tiled weights with 5 to 64 tokens: every type, cut anywhere, against the planes' numbers in float64."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+
+import random_weights as rw
+
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
+from multitensor.kernels.dequantize import dequantize
+
+pytestmark = pytest.mark.gpu
+CUTS = [(40, 1024, 0, 1024), (264, 2048, 96, 96 + 1184), (2072, 4096, 0, 4096)]
+TOKENS = (5, 8, 9, 16, 17, 31, 32, 33, 64)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from multitensor.kernels.cuda.small_batch import SmallBatchKernels
+
+    return SmallBatchKernels(torch.device("cuda:0"))
+
+
+def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int = 7) -> tuple[TiledTensor, torch.Tensor]:
+    kind = rw.QUANT_TYPES[name]
+    planes = rw.slice_of(kind, rw.random_raw(kind, rows, cols, seed, 0.01), start, stop, "cuda")
+    return to_tiles(planes), dequantize(planes)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+def poison(kernels, *elements: int) -> None:
+    """Fills the scratch, and the memory that results of so many elements will lie in, with NaN."""
+    for workspace in kernels._workspaces.values():
+        workspace.fill_(float("nan"))
+    blocks = [
+        torch.full((size * count,), 0xFF, dtype=torch.uint8, device="cuda") for count in elements for size in (2, 4)
+    ]
+    del blocks  # back to torch's allocator, which hands them out again
+
+
+@pytest.mark.parametrize("name", TILE_BYTES)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products(kernels, name: str, cut: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Integers up to 2048 are exact in the product, the largest of Q6_K's are rounded to float16."""
+    tiled, numbers = weight(name, *cut)
+    for tokens in TOKENS:
+        x = torch.randn(tokens, tiled.cols, device="cuda", dtype=dtype)
+        bias = torch.randn(tiled.rows, device="cuda")
+        wanted = x.double() @ numbers.double().T
+        poison(kernels, wanted.numel())
+        assert error(kernels.multiply(x, [tiled], float_out=True), wanted) < 4e-4
+        assert error(kernels.multiply(x, [tiled], bias), wanted + bias) < 3e-3
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "Q2_K"])
+def test_a_token_has_the_same_bits_in_any_company(kernels, name: str) -> None:
+    tiled, _ = weight(name, 2072, 4096, 0, 4096)
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    alone = kernels.multiply(x[:5], [tiled], float_out=True)
+    for tokens in TOKENS:
+        assert torch.equal(kernels.multiply(x[:tokens], [tiled], float_out=True)[:5], alone)
+    turned = x.roll(17, 0)
+    assert torch.equal(kernels.multiply(turned, [tiled], float_out=True)[17:22], alone)
+
+
+@pytest.mark.parametrize("tokens", [7, 24, 64])
+def test_three_matrices_of_two_types(kernels, tokens: int) -> None:
+    parts = [
+        weight("Q4_K", 520, 2048, 0, 2048, 1),
+        weight("Q4_K", 104, 2048, 0, 2048, 2),
+        weight("Q6_K", 96, 2048, 0, 2048, 3),
+    ]
+    x = torch.randn(tokens, 2048, device="cuda", dtype=torch.float16)
+    bias = torch.randn(720, device="cuda")
+    poison(kernels, tokens * 720)
+    found = kernels.multiply(x, [tiled for tiled, _ in parts], bias, float_out=True)
+    wanted = x.double() @ torch.cat([numbers for _, numbers in parts]).double().T + bias
+    for columns in (slice(0, 520), slice(520, 624), slice(624, 720)):
+        assert error(found[:, columns], wanted[:, columns]) < 4e-4
+
+
+@pytest.mark.parametrize("types", [("Q4_K", "Q4_K"), ("Q5_0", "Q8_0")])
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [264, 4096])
+@pytest.mark.parametrize("tokens", [6, 16, 32, 50])
+def test_gated(kernels, types: tuple[str, str], kind: str, rows: int, tokens: int) -> None:
+    (gate, g), (up, u) = (weight(name, rows, 1024, 0, 1024, seed) for seed, name in enumerate(types))
+    x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    bias = torch.randn(2 * rows, device="cuda")
+    wanted_gate = x.double() @ g.double().T + bias[:rows]
+    act = (
+        torch.nn.functional.silu(wanted_gate)
+        if kind == "silu"
+        else torch.nn.functional.gelu(wanted_gate, approximate="tanh")
+    )
+    wanted = act * (x.double() @ u.double().T + bias[rows:])
+    poison(kernels, tokens * rows)
+    assert error(kernels.multiply(x, [gate, up], bias, gated=kind), wanted) < 3e-3
+
+
+def test_numbers_far_apart(kernels) -> None:
+    """Tokens next to float16's largest number, tiny ones, zeros, and what bfloat16 holds beyond float16."""
+    tiled, numbers = weight("Q4_K", 264, 1024, 0, 1024)
+    for dtype, large in ((torch.float16, 6e4), (torch.bfloat16, 1e30)):
+        x = torch.randn(6, 1024, device="cuda").mul_(1e-4).to(dtype)
+        x[0, 5] = large
+        x[1] = 0
+        found = kernels.multiply(x, [tiled], float_out=True)
+        wanted = x.double() @ numbers.double().T
+        assert not found[1].any()
+        for token in (0, 2, 3, 4, 5):
+            assert error(found[token], wanted[token]) < 1e-4
+
+
+def test_replayed_in_a_graph(kernels) -> None:
+    """Counters and workspace are left as they were found: a second replay gives the same."""
+    (gate, _), (up, _) = (weight("Q4_K", 264, 2048, 0, 2048, seed) for seed in (1, 2))
+    down, _ = weight("Q6_K", 2048, 256, 0, 256, 3)
+    x = torch.randn(24, 2048, device="cuda", dtype=torch.float16)
+
+    def step() -> torch.Tensor:
+        inner = kernels.multiply(x, [gate, up], gated="silu")
+        return kernels.multiply(inner[:, :256], [down], float_out=True)
+
+    wanted = step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(3):
+        found.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(found, wanted)
