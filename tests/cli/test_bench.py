@@ -41,6 +41,9 @@ def test_figures_of_two_ranks(model: str) -> None:
     (load,) = report["loads"]
     assert load["ranks"] == 2 and load["load_seconds"] > 0
     assert len(load["memory_bytes_per_second"]) == 2 and min(load["memory_bytes_per_second"]) > 0
+    for stages in load["stages"]:
+        assert set(stages) == {"start", "weights", "cache", "reductions", "others"}
+        assert all(0 <= seconds <= load["load_seconds"] for seconds in stages.values())
     prefill, one, three = report["results"]
     assert (prefill["test"], prefill["tokens"], prefill["floor_percent"]) == ("prefill", 16, None)
     for row, batch in ((one, 1), (three, 3)):

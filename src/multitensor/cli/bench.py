@@ -27,11 +27,12 @@ WARM_UP_TOKENS = 8  # decoded before the first that is timed
 
 @dataclass(frozen=True)
 class Load:
-    """How long a model took to be ready on so many ranks, and what its devices' memory can do, rank by rank, measured
-    in the ranks after the tests (None: no room was left to measure)."""
+    """How long a model took to be ready on so many ranks; rank by rank, seconds of the stages of that, and what its
+    device's memory can do, measured in the ranks after the tests (None: no room was left to measure)."""
 
     ranks: int
     load_seconds: float
+    stages: list[dict[str, float]]
     memory_bytes_per_second: list[float | None]
 
 
@@ -133,7 +134,8 @@ def command(
                 warn(warning)
             timed = _time_all(llm, work)
             abilities = llm._engine.call("measure", batches=list(batches) if any(work.counts) else [])
-            loads.append(Load(llm.plan.size, loaded, [each["memory_bytes_per_second"] for each in abilities]))
+            stages = [each["load_stages"] for each in abilities]
+            loads.append(Load(llm.plan.size, loaded, stages, [each["memory_bytes_per_second"] for each in abilities]))
             results += [_judged(llm, result, abilities) for result in timed]
     report = {
         "model": model,
@@ -270,7 +272,10 @@ def _print(loads: list[Load], results: list[Result]) -> None:
     console.print(table)
     for load in loads:
         reads = ", ".join(f"{x / 1e12:.3g}" if x else "?" for x in load.memory_bytes_per_second)
-        console.print(f"{load.ranks} rank(s): loaded in {load.load_seconds:.1f} s; memory is read at {reads} TB/s")
+        longest = {name: max(each[name] for each in load.stages) for name in load.stages[0]}
+        stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest.items())
+        console.print(f"{load.ranks} rank(s): loaded in {load.load_seconds:.1f} s (longest: {stages})")
+        console.print(f"memory is read at {reads} TB/s")
 
 
 def _percent(value: float | None) -> str:

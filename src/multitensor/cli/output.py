@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -38,19 +36,6 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
-
-
-def seconds_since_start() -> float:
-    """Age of this process, so that what a user waits for counts from the command on: imports too. To 10 ms."""
-    try:
-        with open("/proc/self/stat") as file:
-            # Field 22, in ticks since boot; the name in field 2 may hold blanks.
-            started = int(file.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - started
-    except (OSError, AttributeError, ValueError):
-        import psutil
-
-        return time.time() - float(psutil.Process().create_time())
 
 
 @contextmanager

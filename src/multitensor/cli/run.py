@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, seconds_since_start, warn
+from multitensor.cli.output import loading_bar, warn
 from multitensor.cli.rank_watch import raise_when_lost
+from multitensor.engine.statistics import seconds_since_start
 from multitensor.errors import InputError, RankFailed
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
 from multitensor.engine.executor import Progress
 from multitensor.engine.sampler import Sampler
+from multitensor.engine.statistics import Stages
 from multitensor.formats.checkpoint import Checkpoint
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.dispatch import make_kernels
@@ -93,6 +94,7 @@ class ModelRunner:
         self.sampler = Sampler(config.max_num_seqs, plan.spec.vocab_size, plan.context, device)
         self._decoder: Decoder | None = None
         self._graphs: DecodeGraphs | None = None
+        self.load_stages: dict[str, float] = {}
 
     @property
     def decoder(self) -> Decoder:
@@ -102,8 +104,10 @@ class ModelRunner:
 
     def load(self, progress: Progress | None = None) -> None:
         """Reads this rank's weights and allocates its part of the KV cache; returns when all ranks have done so."""
+        stages = Stages()
         adopt = self.kernels.adopt
         self.weights = load_rank(self.checkpoint, self.plan, self.rank, self.device, progress, adopt)
+        stages.end("weights")
         self._decoder = Decoder(self.plan, self.rank, self.weights, self.kernels, self.group, self.dtype, self.device)
         shape = (
             self.plan.kv_tokens // self.plan.block_size,
@@ -120,12 +124,16 @@ class ModelRunner:
             )
             for _ in self.plan.spec.layers
         ]
+        stages.end("cache")
         if self.kernels.name == "cuda":
             vocabulary = tuple(rank.vocabulary.size for rank in self.plan.ranks)
             self.group.open_peer_memory(peer_memory_bytes(self.plan))
             self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype)
         self._graphs = self._decode_graphs()
+        stages.end("reductions")
         self.group.barrier()
+        stages.end("others")
+        self.load_stages = stages.seconds
 
     def _decode_graphs(self) -> DecodeGraphs | None:
         """CUDA graphs of small decode steps, where kernels and model allow them."""
@@ -282,10 +290,11 @@ class ModelRunner:
         return result
 
     def measure(self, batches: list[int]) -> dict[str, Any]:
-        """Speed of this rank's memory, and the time of a decode step's reductions; see engine/measure.py. Collective."""
+        """Speed of this rank's memory, and the time of a decode step's reductions, see engine/measure.py; and of what
+        loading took. Collective."""
         from multitensor.engine.measure import measure
 
-        return measure(self, batches)
+        return {**measure(self, batches), "load_stages": self.load_stages}
 
     def reductions(self) -> dict[str, Any]:
         """How this rank's sums over ranks travel, and what was measured to choose it: as Group.describe_reductions."""
