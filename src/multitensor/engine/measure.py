@@ -57,15 +57,22 @@ def _cpu_bandwidth() -> float:
 
 def reduction_seconds(runner: ModelRunner, batch: int) -> float:
     """Seconds of a decode step's sums over ranks, two a layer and the embedding's, back to back: with nothing between
-    them and no rank waiting for a slower one's arithmetic. On a GPU from one CUDA graph, as in a decode step."""
+    them and no rank waiting for a slower one's arithmetic. On a GPU from one CUDA graph, as in a decode step, and with
+    the norm after each sum where one launch does both."""
     if runner.group.size == 1:
         return 0.0
     partial = torch.zeros(batch, runner.plan.spec.hidden_size, dtype=torch.float32, device=runner.device)
+    residual, out = torch.zeros_like(partial), torch.zeros_like(partial, dtype=runner.dtype)
+    weight = torch.ones(partial.shape[1], device=runner.device)
+    fused = runner.group.fuses(partial, residual)
     count = 2 * runner.plan.spec.n_layers + 1
 
     def reduce() -> None:
         for _ in range(count):
-            runner.group.all_reduce(partial)
+            if fused:
+                runner.group.reduce_add_norm_into(partial, residual, weight, 1e-5, out)
+            else:
+                runner.group.all_reduce(partial)
 
     if runner.device.type == "cpu":
         runner.group.barrier()

@@ -169,12 +169,9 @@ class _DecodeGraph:
     def _forward(self) -> torch.Tensor:
         decoder = self.decoder
         ids = torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long())
-        residual = decoder.embedding(ids)
+        residual, hidden = self._embed(ids)
         if self.fused is not None:
-            return self._fused_forward(self.fused, residual)
-        hidden = torch.empty_like(residual, dtype=self.dtype)
-        norm = self.kernels.decode_kernels.add_rms_norm
-        norm(residual, None, decoder.layers[0].first_norm, decoder.eps, hidden)
+            return self._fused_forward(self.fused, residual, hidden)
         reduce = self.group.reduce_add_norm_into
         for layer, cache in zip(decoder.layers, self.caches, strict=True):
             partial = self._attend(layer, hidden, cache)
@@ -183,11 +180,22 @@ class _DecodeGraph:
             reduce(partial, residual, layer.next_norm, layer.eps, hidden, layer.post_ffn_norm)
         return decoder.logits(hidden)
 
-    def _fused_forward(self, fused: FusedLayers, residual: torch.Tensor) -> torch.Tensor:
+    def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(residual stream, first layer's input), each [S, hidden]. The embedding is a sum over ranks like any."""
+        decoder = self.decoder
+        partial = decoder.embedding.partial(ids)
+        hidden = torch.empty_like(partial, dtype=self.dtype)
+        weight = decoder.layers[0].first_norm
+        if self.group.size == 1:
+            self.kernels.decode_kernels.add_rms_norm(partial, None, weight, decoder.eps, hidden)
+            return partial, hidden
+        residual = torch.zeros_like(partial)
+        self.group.reduce_add_norm_into(partial, residual, weight, decoder.eps, hidden)
+        return residual, hidden
+
+    def _fused_forward(self, fused: FusedLayers, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Two launches a layer: rotary and attention, then everything up to the next layer's query, key and value."""
         decoder, first = self.decoder, self.decoder.layers[0]
-        hidden = torch.empty_like(residual, dtype=self.dtype)
-        self.kernels.decode_kernels.add_rms_norm(residual, None, first.first_norm, decoder.eps, hidden)
         out = self.kernels.joined_linear(hidden, first.attention.qkv, first.attention.qkv_biases)
         streams = (residual, torch.empty_like(residual))
         for index, (layer, cache) in enumerate(zip(decoder.layers, self.caches, strict=True)):

@@ -32,12 +32,15 @@ class VocabularyEmbedding:
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """int64 ids [T] -> float32 [T, hidden], equal on all ranks."""
+        x = self.partial(ids)
+        return self.group.all_reduce(x) if self.is_cut else x
+
+    def partial(self, ids: torch.Tensor) -> torch.Tensor:
+        """int64 ids [T] -> float32 [T, hidden]: this rank's rows, zeros for ids of others'; the ranks' sum is the
+        embedding."""
         if self.weight is None:
-            x = torch.zeros((ids.shape[0], self.hidden_size), dtype=torch.float32, device=ids.device)
-        else:
-            x = self.kernels.embedding(ids - self.rows.start, self.weight)
-        if self.is_cut:
-            x = self.group.all_reduce(x)
+            return torch.zeros((ids.shape[0], self.hidden_size), dtype=torch.float32, device=ids.device)
+        x = self.kernels.embedding(ids - self.rows.start, self.weight)
         return x * self.scale if self.scale != 1.0 else x
 
 

@@ -55,6 +55,10 @@ class Group(ABC):
         """Collective, after `open_peer_memory`: decides by timing how sums of few rows [T, hidden] travel, the hidden
         states being `dtype`. vocabulary: columns of each rank's logits."""
 
+    def fuses(self, partial: torch.Tensor, residual: torch.Tensor) -> bool:
+        """Whether `reduce_add_norm_into` is one launch for such tensors."""
+        return False
+
     def describe_reductions(self) -> dict[str, Any]:
         """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; microseconds: by
         number of rows and way, as timed, with the norm."""

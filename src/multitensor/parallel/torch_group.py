@@ -115,6 +115,9 @@ class TorchGroup(Group):
     def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:
         self._peers = make_peer_reductions(self, hidden, vocabulary, dtype)
 
+    def fuses(self, partial: torch.Tensor, residual: torch.Tensor) -> bool:
+        return self._peers_for(partial, residual) is not None
+
     def describe_reductions(self) -> dict[str, Any]:
         name = "NCCL" if self.backend == "nccl" else self.backend
         if isinstance(self._peers, str):
