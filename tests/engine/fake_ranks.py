@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from multitensor.config import EngineConfig
-from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.batch import SamplingSetup, StepInput, StepMasks, StepOutput, TokenLogprobs
 from multitensor.engine.engine import Engine
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.uniforms import derive_seed, uniform
@@ -29,9 +29,12 @@ def digest(*values: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "little")
 
 
-def next_token(context: list[int], share: float | None) -> int:
-    """share: None for greedy."""
-    return digest("token", context, share) % VOCAB
+def next_token(context: list[int], share: float | None, mask: np.ndarray | None = None) -> int:
+    """share: None for greedy. mask: what a grammar allows."""
+    if mask is None:
+        return digest("token", context, share) % VOCAB
+    tokens = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+    return int(tokens[digest("token", context, share) % len(tokens)])
 
 
 def next_score(context: list[int], following: int, top: int) -> tuple[list[int], list[float], float | None]:
@@ -44,8 +47,52 @@ def hidden_state(context: list[int]) -> np.ndarray:
     return np.array([digest("hidden", context, k) % 100 for k in range(6)], np.float32)
 
 
+def grammar_ends(taken: list[int]) -> bool:
+    return digest("end", taken) % 13 == 0
+
+
+class FakeGrammar:
+    """A third of the vocabulary, chosen by what came before, and an end somewhere."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+        self.finished = False
+        self.error: str | None = None
+        self.fill()
+
+    def fill(self) -> None:
+        bits = np.array([digest("allowed", self.taken, token) % 3 == 0 for token in range(64)], bool)
+        bits[VOCAB:] = False
+        bits[1 + len(self.taken) % 5] = True
+        self.mask = np.packbits(bits, bitorder="little").view(np.uint32)
+
+    def accept(self, token: int) -> None:
+        assert self.mask[token // 32] >> (token % 32) & 1, "a token that the grammar does not allow"
+        self.taken.append(token)
+        self.finished = grammar_ends(self.taken)
+
+
+class FakeGrammars:
+    """A compiler of such grammars: to be put into an Engine."""
+
+    def compile(self, spec: Any) -> None: ...
+
+    def start(self, spec: Any, **options: Any) -> FakeGrammar:
+        return FakeGrammar()
+
+    def fill_masks(self, states: list[FakeGrammar]) -> None:
+        for state in states:
+            state.fill()
+
+
 def oracle(
-    prompt: list[int], params: SamplingParams, *, context: int, engine_seed: int = 0, number: int = 0
+    prompt: list[int],
+    params: SamplingParams,
+    *,
+    context: int,
+    engine_seed: int = 0,
+    number: int = 0,
+    constrained: bool = False,
 ) -> list[list[int]]:
     """Output ids of every continuation, one token at a time, nothing batched."""
     seed = derive_seed(0, params.seed) if params.seed is not None else derive_seed(1, engine_seed, number)
@@ -54,11 +101,17 @@ def oracle(
     results = []
     for index in range(params.n):
         ids = list(prompt)
+        grammar = FakeGrammar() if constrained else None
         while len(ids) - len(prompt) < limit:
             share = None if params.greedy else uniform(derive_seed(seed, index), len(ids))
-            ids.append(next_token(ids, share))
+            ids.append(next_token(ids, share, grammar.mask if grammar else None))
             if ids[-1] in params.stop_ids or (ids[-1] == EOS and not params.ignore_eos):
                 break
+            if grammar:
+                grammar.accept(ids[-1])
+                grammar.fill()
+                if grammar.finished:
+                    break
         results.append(ids[len(prompt) :])
     return results
 
@@ -74,6 +127,7 @@ class FakeExecutor:
         self.last_tokens = np.full(max_num_seqs, -5, np.int64)
         self.setups: dict[int, SamplingSetup] = {}
         self.queue: deque[StepInput] = deque()
+        self.late_masks: dict[int, dict[int, np.ndarray]] = {}  # by step
         self.steps: list[StepInput] = []
         self.fail_at: int | None = None
         self.closed = 0
@@ -88,6 +142,12 @@ class FakeExecutor:
         self.steps.append(step)
         self.on_submit(step)
 
+    def send_masks(self, masks: StepMasks) -> None:
+        (step,) = self.queue  # the one before has been collected, the next one not been submitted
+        assert masks.step == step.step and step.step not in self.late_masks
+        assert set(masks.masks) <= set(step.late_masks)
+        self.late_masks[step.step] = masks.masks
+
     def check(self) -> None:
         if self.lost:
             raise RankFailed("rank 1 of 2 was killed (signal 9)")
@@ -99,6 +159,8 @@ class FakeExecutor:
         assert len(step.token_ids) == len(step.score_next) == step.query_lens.sum()
         assert (step.query_lens > 0).all()
         assert len(set(step.slots.tolist())) == len(step.slots) <= self.max_num_seqs
+        assert not set(step.masks) & set(step.late_masks)
+        assert all(under_way.step in self.late_masks for under_way in self.queue if under_way.late_masks)
         used, written = self.blocks(step)
         for under_way in self.queue:
             used_there, written_there = self.blocks(under_way)
@@ -156,7 +218,9 @@ class FakeExecutor:
             output.sums[row] = np.sum(vectors, axis=0, dtype=np.float32)
         if step.sample[row]:
             setup = self.setups[slot]
-            token = next_token(context, None if setup.temperature == 0 else float(step.uniforms[row]))
+            masks = {**step.masks, **(self.late_masks[step.step] if step.late_masks else {})}
+            share = None if setup.temperature == 0 else float(step.uniforms[row])
+            token = next_token(context, share, masks.get(row))
             output.token_ids[row] = token
             self.last_tokens[slot] = token
             if setup.logprobs >= 0:

@@ -224,19 +224,34 @@ def answer(step: StepInput, token: int) -> StepOutput:
     return StepOutput(step.step, np.where(step.sample, token, -1))
 
 
-def test_a_sequence_with_a_grammar_waits_for_its_token_and_others_do_not() -> None:
+def test_a_step_ahead_has_masks_that_come_late() -> None:
     scheduler = Scheduler(max_batch_tokens=8, max_num_seqs=4, n_blocks=16, block_size=4)
     free, constrained = sequence(None), sequence(Grammar())
     scheduler.add(free)
     scheduler.add(constrained)
     first = scheduler.schedule()
     assert first is not None and first.sample.all() and list(first.masks) == [1]
-    second = scheduler.schedule()  # a step ahead: without the constrained one
-    assert second is not None and second.token_ids.tolist() == [-1] and second.masks == {}
+    assert scheduler.late_masks() is None
+    second = scheduler.schedule()  # a step ahead: what is allowed there depends on the first
+    assert second is not None and second.token_ids.tolist() == [-1, -1]
+    assert second.masks == {} and second.late_masks == (1,)
     list(scheduler.collect(answer(first, 5)))
-    third = scheduler.schedule()
-    assert third is not None and third.token_ids.tolist() == [-1, 5] and list(third.masks) == [1]
-    assert third.masks[1].tolist() == [7]
+    late = scheduler.late_masks()
+    assert late is not None and late.step == second.step
+    assert {number: mask.tolist() for number, mask in late.masks.items()} == {1: [7]}
+
+
+def test_a_sequence_that_has_ended_has_no_mask_but_its_step_is_told() -> None:
+    scheduler = Scheduler(max_batch_tokens=8, max_num_seqs=4, n_blocks=16, block_size=4)
+    constrained = sequence(Grammar())
+    scheduler.add(constrained)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None and second is not None and second.late_masks == (0,)
+    for update in scheduler.collect(answer(first, 5)):
+        scheduler.finish(update.sequence)
+    late = scheduler.late_masks()
+    assert late is not None and late.step == second.step and late.masks == {}
+    assert list(scheduler.collect(answer(second, 6))) == [] and scheduler.late_masks() is None
 
 
 def test_sequences_with_grammars_do_not_fall_into_two_halves() -> None:
@@ -244,10 +259,12 @@ def test_sequences_with_grammars_do_not_fall_into_two_halves() -> None:
     scheduler.add(sequence(Grammar()))
     first = scheduler.schedule()
     scheduler.add(sequence(Grammar()))
-    assert first is not None and scheduler.schedule() is None
+    second = scheduler.schedule()
+    assert first is not None and second is not None
+    assert list(second.masks) == [1] and second.late_masks == (0,)  # the newcomer's is known
     list(scheduler.collect(answer(first, 5)))
     together = scheduler.schedule()
-    assert together is not None and len(together.slots) == 2 and list(together.masks) == [0, 1]
+    assert together is not None and together.late_masks == (0, 1) and not together.masks
 
 
 # --- with a model ---

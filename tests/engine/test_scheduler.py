@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from fake_ranks import EOS, VOCAB, hidden_state, make_engine, next_score, oracle
+from fake_ranks import EOS, VOCAB, FakeGrammars, grammar_ends, hidden_state, make_engine, next_score, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multitensor.engine.engine import Engine
+from multitensor.engine.grammar import GrammarSpec
 from multitensor.engine.kv_cache import BlockManager
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.request_state import Request
@@ -22,6 +23,7 @@ class Case:
     key: str
     arrives: int
     cancelled: int | None
+    constrained: bool
 
 
 PARAMS = st.builds(
@@ -51,6 +53,7 @@ CASES = st.lists(
         params=PARAMS,
         arrives=st.integers(0, 12),
         cancelled=st.one_of(st.none(), st.none(), st.integers(0, 30)),
+        constrained=st.booleans(),
     ),
     min_size=1,
     max_size=7,
@@ -101,11 +104,13 @@ def check_first_come_first_served(engine: Engine) -> None:
 def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], sizes: dict) -> None:
     n_blocks = -(-CONTEXT // sizes["block_size"]) + sizes.pop("extra_blocks")
     engine, _ = make_engine(context=CONTEXT, n_blocks=n_blocks, **sizes)
+    engine._grammars = FakeGrammars()  # type: ignore[assignment]
     requests: dict[int, Request] = {}
     for step in range(20_000):
         for number, case in enumerate(cases):
             if case.arrives == step:
-                requests[number] = engine.add_request(case.prompt, case.params, key=case.key)
+                grammar = GrammarSpec("json_object") if case.constrained else None
+                requests[number] = engine.add_request(case.prompt, case.params, key=case.key, grammar=grammar)
             if number in requests and case.cancelled == step:
                 engine.cancel(requests[number])
         engine.step()
@@ -114,7 +119,13 @@ def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], si
             break
     assert len(requests) == len(cases)
     for case, request in ((cases[number], request) for number, request in requests.items()):
-        wanted = oracle(list(case.prompt), case.params, context=CONTEXT, number=int(request.request_id))
+        wanted = oracle(
+            list(case.prompt),
+            case.params,
+            context=CONTEXT,
+            number=int(request.request_id),
+            constrained=case.constrained,
+        )
         output = request.output()
         assert output.finished
         for continuation, ids in zip(output.outputs, wanted, strict=True):
@@ -124,6 +135,7 @@ def test_any_traffic_gives_the_same_texts_as_one_at_a_time(cases: list[Case], si
                 continue
             assert continuation.token_ids == ids
             ended = (ids[-1] == EOS and not case.params.ignore_eos) or ids[-1] in case.params.stop_ids
+            ended = ended or (case.constrained and grammar_ends(ids))
             assert continuation.finish_reason == ("stop" if ended else "length")
             assert len(continuation.logprobs or []) == (len(ids) if case.params.logprobs is not None else 0)
     check_nothing_leaked(engine)

@@ -44,6 +44,8 @@ class StepInput:
     follows, from score_next int32 [T], -1 for none); 0: none.
     masks: sequence number -> uint32 [vocabulary / 32 rounded up], for sequences with a grammar that sample: only tokens
     whose bit is set (bit i of word w: token 32 w + i) may be sampled.
+    late_masks: numbers of the sequences whose grammar's mask depends on a token under way. If there are any, StepMasks
+    of this step follow, before any other message but the last; its forward pass need not wait for them.
     pooled: numbers of the sequences whose hidden states are wanted, summed over their query positions.
     """
 
@@ -60,6 +62,16 @@ class StepInput:
     setups: tuple[SamplingSetup, ...] = ()
     masks: dict[int, np.ndarray] = field(default_factory=dict)
     pooled: tuple[int, ...] = ()
+    late_masks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepMasks:
+    """What grammars allow in a step that was submitted before it was known. masks: as in StepInput, of those of its
+    `late_masks` whose token is still wanted; what the others sample is dropped, so anything may come there."""
+
+    step: int
+    masks: dict[int, np.ndarray]
 
 
 @dataclass(frozen=True)

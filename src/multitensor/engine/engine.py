@@ -365,7 +365,11 @@ class Engine:
         output = self._executor.collect()
         now = time.perf_counter()
         self._count(*self._submitted.pop(0), now)
-        return self._deliver(output, now)
+        news = self._deliver(output, now)
+        masks = self._scheduler.late_masks()
+        if masks is not None:
+            self._executor.send_masks(masks)
+        return news
 
     def _deliver(self, output: StepOutput, now: float) -> list[Request | ReadRequest]:
         news: dict[Request | ReadRequest, None] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from multitensor.config import EngineConfig
-from multitensor.engine.batch import StepInput, StepOutput
+from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.sharding.plan import Plan
 
 Progress = Callable[[int, int], None]  # bytes loaded by rank 0's device and its total; called now and then
@@ -20,6 +20,10 @@ class Executor(Protocol):
 
     def submit(self, step: StepInput) -> None:
         """Queues a step on all ranks; does not wait. Up to 4 may be under way."""
+
+    def send_masks(self, masks: StepMasks) -> None:
+        """Tells all ranks what a step with late masks waits for. It is the step that was submitted last; does not
+        wait."""
 
     def collect(self) -> StepOutput:
         """Waits for the oldest submitted step's result (rank 0's)."""

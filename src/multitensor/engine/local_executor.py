@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from multitensor.config import EngineConfig
-from multitensor.engine.batch import StepInput, StepOutput
+from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.engine.bootstrap import MODEL_RUNNER, Failure, describe_failure, device_kind
 from multitensor.engine.executor import Progress
 from multitensor.errors import InputError, RankFailed
@@ -116,6 +116,9 @@ class LocalExecutor:
 
     def submit(self, step: StepInput) -> None:
         self._send(("step", step))
+
+    def send_masks(self, masks: StepMasks) -> None:
+        self._send(("masks", masks))
 
     def collect(self) -> StepOutput:
         """There must be a submitted step whose result has not been collected."""

@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any
 
 from multitensor.config import EngineConfig
-from multitensor.engine.batch import StepInput, StepOutput
+from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.engine.bootstrap import MODEL_RUNNER, Bootstrap, cpu_threads_per_rank, device_kind
 from multitensor.engine.executor import Progress
 from multitensor.engine.supervisor import Launch, Supervisor
@@ -160,6 +160,10 @@ class ProcessExecutor:
     def submit(self, step: StepInput) -> None:
         ranks = self._started()
         ranks.channel.send(("step", step), lambda: self._while_full(ranks))
+
+    def send_masks(self, masks: StepMasks) -> None:
+        ranks = self._started()
+        ranks.channel.send(("masks", masks), lambda: self._while_full(ranks))
 
     def _while_full(self, ranks: _Ranks) -> None:
         """The ring of steps is full. Rank 0 may be waiting in turn for us to read its results."""

@@ -1,15 +1,19 @@
 """What every rank does, thread or process: make the runner, load, then serve the engine's messages.
 
-Messages: ("step", StepInput), ("call", method, arguments), ("stop",). Answers: ("ready",) once, then
-("step", StepOutput) from rank 0 alone and ("call", value) from all. Imported by ranks only: it imports torch.
+Messages: ("step", StepInput), ("masks", StepMasks) right after a step with late masks, ("call", method, arguments),
+("stop",). Answers: ("ready",) once, then ("step", StepOutput) from rank 0 alone and ("call", value) from all. Imported
+by ranks only: it imports torch.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
 from multitensor.config import EngineConfig
@@ -32,10 +36,12 @@ class Runner(Protocol):
 
 @runtime_checkable
 class OverlappingRunner(Protocol):
-    """A runner whose device works on by itself: `begin` queues a step and returns at once, `is_done` asks, `finish`
-    waits. Steps begin and finish in order, and collectives happen in `begin` alone."""
+    """A runner whose device works on by itself: `forward` queues a step as far as nothing has to be known that comes
+    late, `sample` the rest; both return at once. `is_done` asks, `finish` waits. A step is sampled before the next
+    one's forward; steps finish in order, and no collective happens in `finish`."""
 
-    def begin(self, step: StepInput) -> Any: ...
+    def forward(self, step: StepInput) -> Any: ...
+    def sample(self, forwarded: Any, late_masks: Mapping[int, np.ndarray]) -> Any: ...
     def is_done(self, begun: Any) -> bool: ...
     def finish(self, begun: Any) -> StepOutput: ...
 
@@ -93,9 +99,12 @@ class _Steps:
         self._runner, self._port, self._reports = runner, port, reports
         self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
         self._begun: Any = None
+        self._unread: Any = None
 
     def next_message(self) -> Any:
         """The engine's next message; a step that becomes ready meanwhile is answered first."""
+        if self._unread is not None:
+            return self._unread
         while self._begun is not None and not self._port.pending():
             if self._overlapping is None or self._overlapping.is_done(self._begun):
                 self.flush()
@@ -105,11 +114,34 @@ class _Steps:
 
     def take(self, step: StepInput) -> None:
         if self._overlapping is None:
-            self._answer(self._runner.step(step))
+            masks = self._late_masks(step)
+            if masks is not None:
+                self._answer(self._runner.step(replace(step, masks={**step.masks, **masks}, late_masks=())))
             return
-        begun = self._overlapping.begin(step)
+        forwarded = self._overlapping.forward(step)
+        if step.late_masks:
+            self.flush()  # the masks depend on it
+        masks = self._late_masks(step)
+        if masks is None:
+            return
+        begun = self._overlapping.sample(forwarded, masks)
         self.flush()
         self._begun = begun
+        if self._overlapping.is_done(begun):  # a CPU is, always: the engine need not wait for the next step's forward
+            self.flush()
+
+    def _late_masks(self, step: StepInput) -> Mapping[int, np.ndarray] | None:
+        """What is still to be known of the step's grammars; None when the engine says stop instead."""
+        if not step.late_masks:
+            return {}
+        message = self._port.receive()
+        if message[0] == "stop":
+            self._unread = message
+            return None
+        if message[0] != "masks" or message[1].step != step.step:
+            raise RuntimeError(f"the masks of step {step.step} were expected, not {message[0]!r}")
+        masks: Mapping[int, np.ndarray] = message[1].masks
+        return masks
 
     def flush(self) -> None:
         if self._begun is not None and self._overlapping is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,18 @@ SCORE_SCRATCH_BYTES = 256 << 20
 MAX_GRAPH_SEQUENCES = 8
 
 Score = tuple[list[int], list[float], float | None]
+
+
+@dataclass(frozen=True)
+class ForwardedStep:
+    """A step whose forward pass is queued on the device. logits: float32 [sequences `chosen`, vocabulary]. hidden and
+    starts: all hidden states and where each sequence's begin; None where nothing but logits is wanted."""
+
+    step: StepInput
+    chosen: np.ndarray
+    logits: torch.Tensor | None
+    hidden: torch.Tensor | None
+    starts: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -150,25 +162,37 @@ class ModelRunner:
     @torch.inference_mode()
     def step(self, step: StepInput) -> StepOutput:
         """Runs one flat batch; the result is equal on all ranks."""
-        return self.finish(self.begin(step))
+        return self.finish(self.sample(self.forward(step), {}))
 
     @torch.inference_mode()
-    def begin(self, step: StepInput) -> BegunStep:
-        """Queues a step on the device. What it samples is known to the device at once, to the host at `finish`."""
+    def forward(self, step: StepInput) -> ForwardedStep:
+        """Queues a step on the device up to the logits of what it samples, which are valid until the next one."""
         for setup in step.setups:
             self.sampler.admit(setup)
         if self._graphs is not None and _is_small_decode(step):
-            logits = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
+            rows = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
             chosen = np.flatnonzero(step.sample)
-            rows = logits if len(chosen) == len(logits) else logits[torch.from_numpy(chosen).to(self.device)]
-            return self._begun(step, chosen, *self._sample_rows(step, rows, chosen), {}, {})
+            if len(chosen) < len(rows):
+                rows = rows[torch.from_numpy(chosen).to(self.device)]
+            return ForwardedStep(step, chosen, rows, None, None)
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
         hidden = self.decoder.forward(self._token_ids(step), inputs, self.caches)
         starts = np.asarray(inputs.query_starts)
-        sampled = self._sample(step, hidden, starts)
-        return self._begun(step, *sampled, self._scores(step, hidden, starts), _sums(step, hidden, starts))
+        chosen = np.flatnonzero(step.sample)
+        logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1) if len(chosen) else None
+        return ForwardedStep(step, chosen, logits, hidden, starts)
+
+    @torch.inference_mode()
+    def sample(self, forwarded: ForwardedStep, late_masks: Mapping[int, np.ndarray]) -> BegunStep:
+        """Queues the rest. late_masks: as StepInput.masks, of the sequences for which they came late. What is sampled
+        is known to the device at once, to the host at `finish`."""
+        step, hidden, starts = forwarded.step, forwarded.hidden, forwarded.starts
+        sampled = self._sample(forwarded, {**step.masks, **late_masks})
+        scores = {} if hidden is None or starts is None else self._scores(step, hidden, starts)
+        sums = {} if hidden is None or starts is None else _sums(step, hidden, starts)
+        return self._begun(step, forwarded.chosen, *sampled, scores, sums)
 
     def is_done(self, begun: BegunStep) -> bool:
         """Whether `finish` would return without waiting."""
@@ -219,21 +243,15 @@ class ModelRunner:
         return self.decoder.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))
 
     def _sample(
-        self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray
-    ) -> tuple[np.ndarray, torch.Tensor, dict[int, TokenLogprobs]]:
-        """(sequences that sample, their ids int64 on the device, log-probabilities by row of the ids)."""
-        chosen = np.flatnonzero(step.sample)
-        if len(chosen) == 0:
-            return chosen, torch.zeros(0, dtype=torch.int64, device=self.device), {}
-        logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1)
-        return chosen, *self._sample_rows(step, logits, chosen)
-
-    def _sample_rows(
-        self, step: StepInput, logits: torch.Tensor, chosen: np.ndarray
+        self, forwarded: ForwardedStep, masks: Mapping[int, np.ndarray]
     ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
-        """logits: one row for each of the sequences `chosen`."""
-        masks = {row: step.masks[int(number)] for row, number in enumerate(chosen) if int(number) in step.masks}
-        return self.sampler.sample(logits, step.slots[chosen], step.uniforms[chosen], masks)
+        """(ids int64 on the device of the sequences that sample, log-probabilities by row of the ids). masks: by
+        sequence number."""
+        step, chosen = forwarded.step, forwarded.chosen
+        if forwarded.logits is None:
+            return torch.zeros(0, dtype=torch.int64, device=self.device), {}
+        by_row = {row: masks[int(number)] for row, number in enumerate(chosen) if int(number) in masks}
+        return self.sampler.sample(forwarded.logits, step.slots[chosen], step.uniforms[chosen], by_row)
 
     def _scores(self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, list[Score]]:
         """Log-probabilities at every position of the scored sequences, a bounded number of rows at a time."""

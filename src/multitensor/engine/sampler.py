@@ -22,6 +22,8 @@ from multitensor.engine.batch import SamplingSetup, TokenLogprobs
 _PARAMETERS = ("temperature", "min_p", "top_p", "repetition", "presence", "frequency")
 _WEIGHT_ONE = 2.0**40  # the likeliest token's weight; 2**22 such tokens still sum within 63 bits
 _TOP_P_CANDIDATES = 1024  # a CPU looks at so many before it sorts the vocabulary
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_BOUNDS = np.where(_BITS, np.float32(np.inf), np.float32(-np.inf))  # [256, 8]: of eight tokens, by an octet of a mask
 _GROUP_ELEMENTS = 1 << 22  # logits worked on at once, which bounds the temporaries (a few times 32 MiB)
 
 
@@ -121,20 +123,25 @@ class Sampler:
 
     def _masked(self, logits: torch.Tensor, masks: Mapping[int, np.ndarray]) -> torch.Tensor:
         """A copy in which the rows that have masks are -inf where their bit is not set."""
-        allowed = self._unpacked(np.stack(list(masks.values())))[:, : logits.shape[-1]]
+        octets = np.stack(list(masks.values())).astype("<u4", copy=False).view(np.uint8)
         if list(masks) == list(range(len(logits))):
-            return torch.where(allowed, logits, -torch.inf)
+            return self._bounded(logits, octets)
         rows = self._indices(list(masks))
         logits = logits.clone()
-        logits[rows] = torch.where(allowed, logits[rows], -torch.inf)
+        logits[rows] = self._bounded(logits[rows], octets)
         return logits
 
-    def _unpacked(self, words: np.ndarray) -> torch.Tensor:
-        """uint32 [R, W] -> bool [R, 32 W] on the device, which gets bits, not bytes; a CPU leaves them to numpy, whose
-        loop is 10 times as fast as torch's."""
-        octets = words.astype("<u4", copy=False).view(np.uint8)
-        if self.device.type == "cpu":
-            return torch.from_numpy(np.unpackbits(octets, axis=1, bitorder="little")).view(torch.bool)
+    def _bounded(self, logits: torch.Tensor, octets: np.ndarray) -> torch.Tensor:
+        """float32 [R, vocabulary] and a bit a token, uint8 [R, at least vocabulary / 8] -> the same, -inf where the bit
+        is not set."""
+        if self.device.type != "cpu":
+            return torch.where(self._unpacked(octets)[:, : logits.shape[-1]], logits, -torch.inf)
+        # By bounds, eight at a time from a table: torch's choice by booleans takes ten times as long.
+        bounds = torch.from_numpy(_BOUNDS.take(octets, axis=0).reshape(len(octets), -1))[:, : logits.shape[-1]]
+        return torch.minimum(logits, bounds)
+
+    def _unpacked(self, octets: np.ndarray) -> torch.Tensor:
+        """uint8 [R, W] -> bool [R, 8 W] on the device, which gets bits, not bytes."""
         powers = self._to_device(np.left_shift(1, np.arange(8)).astype(np.uint8))
         return ((self._to_device(octets).unsqueeze(-1) & powers) != 0).flatten(1)
 

@@ -2,7 +2,8 @@
 
 Steps are scheduled one ahead of the results: while step n runs, step n + 1 is made with -1 for tokens that step n will
 yield. What can be known beforehand is (the limit of output tokens, hence the end of the context); what cannot (an end
-token, a stop string, a cancellation) makes one token too many, which is dropped when it arrives.
+token, a stop string, a cancellation, the end of a grammar's text) makes one token too many, which is dropped when it
+arrives. What a grammar allows next is not known beforehand either: the step is submitted without, and the masks follow.
 
 Tokens: every sequence that decodes gets its one; what is left of the step is shared evenly among prompts, those that
 begin included, so a long prompt delays nobody's next token by more than one step, and no short prompt by its length.
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.batch import SamplingSetup, StepInput, StepMasks, StepOutput, TokenLogprobs
 from multitensor.engine.fair_queue import FairQueue
 from multitensor.engine.kv_cache import BlockHash, BlockManager, block_hash
 from multitensor.engine.uniforms import uniform
@@ -45,7 +46,7 @@ class Sequence:
     prompt_ids: at least one id. limit: output tokens it may have; len(prompt_ids) + limit is within context and pool.
     setup: sent to the ranks when the sequence gets a slot (its `slot` is filled in then). seed: of `derive_seed`.
     key: whose it is; keys take turns. salt: only sequences of the same salt share blocks; None: it shares none.
-    grammar: what it must follow, if anything; it is not scheduled a step ahead then.
+    grammar: what it must follow, if anything.
     The rest belongs to the scheduler: `output_ids` are the tokens known so far, `pending` counts those under way,
     `computed` the tokens whose keys and values are in the cache, or will be when the steps under way have ended.
     """
@@ -89,8 +90,6 @@ class Sequence:
         """Tokens to compute now: the last token that the limit allows needs no computing."""
         if not self.is_read and len(self.output_ids) + self.pending >= self.limit:
             return 0
-        if self.grammar is not None and self.pending:
-            return 0  # what may follow depends on the token under way
         return self.total - self.computed
 
     @property
@@ -116,7 +115,8 @@ class Sequence:
 @dataclass(frozen=True)
 class Chunk:
     """Tokens [start, start + size) of a sequence in one step; samples: its last token yields a new one.
-    fills: the blocks that are full then and were not before, of which the first is number first_filled."""
+    fills: the blocks that are full then and were not before, of which the first is number first_filled.
+    late: what its grammar allows depends on a token under way."""
 
     sequence: Sequence
     start: int
@@ -125,6 +125,7 @@ class Chunk:
     first_filled: int
     fills: list[int]
     life: int  # of the sequence: what it asked for before a preemption is answered again
+    late: bool
 
 
 @dataclass(frozen=True)
@@ -191,8 +192,6 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """The next step, which counts as under way from now on; None when there is nothing to compute before the
         results of the steps under way are known."""
-        if self._awaits_grammars():
-            return None
         preemptions = self.preemptions
         newcomers = self._newcomers()
         sizes = _shares(self.max_batch_tokens, [(s, s.remaining) for s in self.running], newcomers)
@@ -211,11 +210,19 @@ class Scheduler:
         setups = tuple(replace(started.setup, slot=started.slot) for started in self.started if started.setup)
         return _step_input(step, chunks, setups)
 
-    def _awaits_grammars(self) -> bool:
-        """Whether the results under way should come first: those whose next token depends on them would otherwise
-        take turns with those admitted meanwhile, half a batch each, for as long as they live."""
-        constrained = all(sequence.grammar is not None for sequence in self.running)
-        return constrained and any(sequence.pending for sequence in self.running)
+    def late_masks(self) -> StepMasks | None:
+        """For the oldest step under way, once the results of the one before are collected and the grammars have taken
+        its tokens: the masks that the step waits for, None if it waits for none."""
+        if not self._under_way or not any(chunk.late for chunk in self._under_way[0][1]):
+            return None
+        step, chunks = self._under_way[0]
+        waiting = {number: chunk.sequence for number, chunk in enumerate(chunks) if chunk.late}
+        masks = {
+            number: sequence.grammar.mask
+            for number, sequence in waiting.items()
+            if sequence.grammar is not None and not sequence.finished
+        }
+        return StepMasks(step, masks)
 
     def collect(self, output: StepOutput) -> Iterator[Update]:
         """Takes the result of the oldest step under way. Each update is applied before it is yielded, and sequences
@@ -355,7 +362,8 @@ class Scheduler:
         start, stop = sequence.computed, sequence.computed + size
         first, last = start // self.blocks.block_size, stop // self.blocks.block_size
         samples = not sequence.is_read and stop == sequence.total
-        return Chunk(sequence, start, size, samples, first, sequence.table[first:last], sequence.lives)
+        late = samples and sequence.grammar is not None and sequence.pending > 0
+        return Chunk(sequence, start, size, samples, first, sequence.table[first:last], sequence.lives, late)
 
 
 def _shares(
@@ -406,6 +414,7 @@ def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...
         masks={
             number: chunk.sequence.grammar.mask
             for number, chunk in enumerate(chunks)
-            if chunk.samples and chunk.sequence.grammar is not None
+            if chunk.samples and not chunk.late and chunk.sequence.grammar is not None
         },
+        late_masks=tuple(number for number, chunk in enumerate(chunks) if chunk.late),
     )
