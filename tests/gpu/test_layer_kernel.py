@@ -93,8 +93,9 @@ class Case:
 CASES = {
     "one type": (("Q4_K", "Q4_K"), 1024, (0, 1024), (0, 2816), {}),
     "two types": (("Q4_K", "Q6_K"), 4096, (0, 4096), (0, 14336), {}),
-    "cut inside super-blocks, post norms": (("Q4_K", "Q6_K"), 576, (64, 320), (384, 768), {"post": True}),
+    "cut inside super-blocks, post norms": (("Q4_K", "Q6_K"), 768, (64, 320), (384, 768), {"post": True}),
     "biases, logits": (("Q8_0", "Q4_1"), 2304, (96, 1120), (32, 1184), {"bias": True, "logits": True}),
+    "rows not whole super-blocks": (("Q8_0", "Q4_0"), 576, (0, 192), (0, 768), {}),
     "wide": (("Q5_K", "Q4_0"), 8192, (0, 2048), (0, 3584), {"post": True, "bias": True}),
 }
 
