@@ -13,6 +13,7 @@ import torch
 from multitensor.architectures.registry import resolve
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
 from multitensor.loading.loader import load_rank
 from multitensor.model.decoder import Decoder
@@ -25,7 +26,9 @@ BLOCK = 16
 CPU = torch.device("cpu")
 
 
-def cpu_plan(checkpoint: Checkpoint, ratio: Sequence[float], *, context: int = 128, kv_tokens: int = 1024) -> Plan:
+def cpu_plan(
+    checkpoint: Checkpoint, ratio: Sequence[float], *, context: int = 128, kv_tokens: int = 1024, kv_type: str = "f32"
+) -> Plan:
     """One CPU rank a part of the ratio, everything cut by it, float32 throughout."""
     devices = [Device(f"cpu:{i}", "cpu", i, 1 << 40, 1 << 40) for i in range(len(ratio))]
     return make_plan(
@@ -34,7 +37,7 @@ def cpu_plan(checkpoint: Checkpoint, ratio: Sequence[float], *, context: int = 1
         Ratios.uniform(ratio),
         context=context,
         kv_tokens=kv_tokens,
-        kv_type="f32",
+        kv_type=kv_type,
         dtype="float32",
         block_size=BLOCK,
         max_num_seqs=8,
@@ -91,7 +94,9 @@ class RankModel:
         self.weights = load_rank(checkpoint, plan, group.rank, device)
         self.decoder = Decoder(plan, group.rank, self.weights, kernels, group, torch.float32, device)
         shape = (plan.kv_tokens // BLOCK, BLOCK, own.kv_heads.size, plan.spec.head_dim)
-        self.caches = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in plan.spec.layers]
+        self.caches = [
+            (make_cache(plan.kv_type, shape, device), make_cache(plan.kv_type, shape, device)) for _ in plan.spec.layers
+        ]
 
     @torch.inference_mode()
     def step(self, chunks: Sequence[Sequence[int]], contexts: Sequence[int], tables: np.ndarray) -> list[torch.Tensor]:
@@ -109,11 +114,12 @@ def logits_in_steps(
     prompts: Sequence[Sequence[int]],
     chunks: Sequence[int],
     device: torch.device = CPU,
+    kv_type: str = "f32",
 ) -> list[list[torch.Tensor]]:
     """Every rank's logits [len, V] of each prompt, when each step takes the next chunks[i] ids of every prompt (the
     last step takes the rest)."""
     checkpoint = open_checkpoint(path)
-    plan = cpu_plan(checkpoint, ratio)
+    plan = cpu_plan(checkpoint, ratio, kv_type=kv_type)
     tables = shuffled_tables([len(prompt) for prompt in prompts], plan.kv_tokens // BLOCK)
 
     def work(group: Group) -> list[torch.Tensor]:

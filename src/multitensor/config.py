@@ -17,8 +17,10 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter] = 1024**_power
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
-KV_TYPES = ("auto", "f32", "f16", "bf16")
-KV_ELEMENT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+KV_TYPES = ("auto", "f32", "f16", "bf16", "q8", "q4")
+KV_ALIASES = {"q8_0": "q8", "q4_0": "q4"}  # llama.cpp's names
+KV_BITS = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4}
+KV_GROUP = 32  # numbers of a head that share a scale, float16, where the cache is quantised
 
 
 def _is_number(text: str) -> bool:
@@ -33,6 +35,12 @@ def parse_bytes(text: str) -> int:
     if match is None or unit not in _UNITS:
         raise InputError(f"not a size: {text!r}; write it as 24GiB, 80GB or a number of bytes")
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def kv_head_bytes(kv_type: str, head_dim: int) -> int:
+    """Of one head's key, or value, of one token in the cache."""
+    scales = 2 * -(-head_dim // KV_GROUP) if kv_type in ("q8", "q4") else 0
+    return head_dim * KV_BITS[kv_type] // 8 + scales
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def test_what_can_only_be_planned_is_not_run(model: Path, tmp_path: Path) -> Non
         ({"devices": "cpu:2", "ratio": "a"}, "cannot read 'a'"),
         ({"devices": "gpu"}, "cannot read 'gpu'"),
         ({"devices": "cpu:1", "dtype": "int4"}, "'int4'"),
-        ({"devices": "cpu:1", "kv_type": "q4"}, "'q4'"),
+        ({"devices": "cpu:1", "kv_type": "q5"}, "'q5'"),
     ],
 )
 def test_bad_input_is_one_line(model: Path, wrong: dict, message: str) -> None:

@@ -17,6 +17,7 @@ from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
 from multitensor.engine.runner import ModelRunner
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.parallel.group import Group
+from multitensor.sharding.memory import device_memory
 from multitensor.sharding.plan import Plan
 from synthetic import write_gguf
 
@@ -162,9 +163,10 @@ def test_logprobs_are_numbered_by_sequence(model_path: Path) -> None:
         assert output.logprobs[2].top_ids[0] == output.token_ids[2]
 
 
-def test_memory_is_what_the_plan_says(model_path: Path) -> None:
-    checkpoint = open_checkpoint(model_path)
-    plan = replace(cpu_plan(checkpoint, (3.0, 1.0)), kv_type="f16")
+@pytest.mark.parametrize(("kv_type", "group_bytes"), [("f16", 64), ("q8", 34), ("q4", 18)])
+def test_memory_is_what_the_plan_says(tmp_path: Path, kv_type: str, group_bytes: int) -> None:
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", hidden=64, n_heads=6, n_kv_heads=3, head_dim=32))
+    plan = cpu_plan(checkpoint, (3.0, 1.0), kv_type=kv_type)
 
     def work(group: Group) -> dict[str, int]:
         return make_runner(checkpoint, plan, group).memory()
@@ -172,7 +174,8 @@ def test_memory_is_what_the_plan_says(model_path: Path) -> None:
     for rank, memory in enumerate(on_ranks(2, work)):
         assert memory["weights_bytes"] == sum(tensor.resident_bytes(rank) for tensor in plan.tensors.values())
         heads = plan.ranks[rank].kv_heads.size
-        assert memory["kv_bytes"] == plan.kv_tokens * plan.spec.n_layers * 2 * heads * plan.spec.head_dim * 2
+        assert memory["kv_bytes"] == plan.kv_tokens * plan.spec.n_layers * 2 * heads * group_bytes
+        assert memory["kv_bytes"] == device_memory(plan)[rank].kv
         assert memory["rss_bytes"] > 0
 
 

@@ -92,7 +92,15 @@ def test_norm_offset_and_tied_embedding(gemma: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "kv_type", "exact"),
-    [("float16", "f16", False), ("bfloat16", "bf16", False), ("float32", "f16", True), ("float32", "f32", False)],
+    [
+        ("float16", "f16", False),
+        ("bfloat16", "bf16", False),
+        ("float32", "f16", True),
+        ("float32", "f32", False),
+        ("float32", "q8", True),
+        ("bfloat16", "q8", False),
+        ("float32", "q4", False),
+    ],
 )
 def test_low_precision_is_within_its_own_tolerance(gemma: Path, dtype: str, kv_type: str, exact: bool) -> None:
     """What runs rounded is judged as such; the cut itself is judged in float32 all the same."""

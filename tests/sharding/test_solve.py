@@ -158,6 +158,9 @@ def test_cpu_pools_stay_within_a_quarter_of_the_memory() -> None:
         ("any", "BF16", {}, "bfloat16", "bf16"),
         ("cuda", "F16", {"dtype": "float32"}, "float32", "f32"),
         ("cuda", "F16", {"dtype": "bfloat16", "kv_type": "f16"}, "bfloat16", "f16"),
+        ("cuda", "Q4_0", {"kv_type": "q8_0"}, "bfloat16", "q8"),
+        ("cpu", "Q4_0", {"kv_type": "q4_0"}, "float32", "q4"),
+        ("cpu", "Q4_0", {"dtype": "float32", "kv_type": "q8"}, "float32", "q8"),
     ],
 )
 def test_types_follow_the_device_the_weights_and_what_was_asked(
@@ -170,8 +173,21 @@ def test_types_follow_the_device_the_weights_and_what_was_asked(
 def test_unknown_types_are_refused_with_the_list() -> None:
     with pytest.raises(InputError, match=r"'int3'.*float32, float16, bfloat16"):
         plan_of(fake_spec(), 8 * GB, dtype="int3")
-    with pytest.raises(InputError, match=r"'q3'.*f32, f16, bf16"):
+    with pytest.raises(InputError, match=r"'q3'.*f32, f16, bf16, q8, q4"):
         plan_of(fake_spec(), 8 * GB, kv_type="q3")
+
+
+def test_a_quantised_cache_holds_more_tokens() -> None:
+    """Where the cache is what fills the device, the context grows as the bytes of a token shrink: 64 : 34 : 18."""
+    spec = fake_spec(hidden=2048, ffn=8192, n_layers=12, n_heads=32, n_kv_heads=32, vocab=50000, context=1 << 22)
+    contexts = {kv: plan_of(spec, 24 * GB, kv_type=kv).context for kv in ("f16", "q8", "q4")}
+    assert 1.8 < contexts["q8"] / contexts["f16"] < 1.9
+    assert 3.3 < contexts["q4"] / contexts["f16"] < 3.6
+
+
+def test_heads_that_do_not_pack_are_refused() -> None:
+    with pytest.raises(InputError, match="packs eight numbers together, the model's heads have 20; take q8"):
+        plan_of(fake_spec(head_dim=20), 8 * GB, kv_type="q4")
 
 
 @given(st.lists(st.integers(2 * GB, 30 * GB), min_size=1, max_size=8), st.booleans())

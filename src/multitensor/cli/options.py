@@ -35,7 +35,8 @@ Dtype = Annotated[
     ),
 ]
 KvType = Annotated[
-    str | None, typer.Option("--kv-type", help="Type of the KV cache: auto, f32, f16, bf16.", show_default=False)
+    str | None,
+    typer.Option("--kv-type", help="KV cache's type: auto, f32, f16, bf16, q8, q4.", show_default=False),
 ]
 P2p = Annotated[
     bool | None,

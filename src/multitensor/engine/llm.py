@@ -51,7 +51,7 @@ class LLM:
     devices: "cpu:2", "cuda:0,cuda:1=24GiB" (a memory cap), or a list of such; one rank each.
     ratio: "3,1", numbers, or a mapping {"attention": ..., "ffn": ..., "experts": ..., "vocabulary": ...}.
     max_model_len (alias context): tokens of prompt and answer together; default the model's own, or what fits.
-    dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16".
+    dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16", "q8", "q4".
     seed: of requests that have none of their own.
     p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.

@@ -16,6 +16,7 @@ from multitensor.engine.sampler import Sampler
 from multitensor.engine.statistics import Stages
 from multitensor.formats.checkpoint import Checkpoint
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_rank
@@ -28,9 +29,8 @@ from multitensor.sharding.plan import Plan
 if TYPE_CHECKING:
     from multitensor.model.decode_graph import DecodeGraphs
 
-KV_DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SCORE_SCRATCH_BYTES = 256 << 20
-MAX_GRAPH_SEQUENCES = 8
+MAX_GRAPH_SEQUENCES = 64
 
 Score = tuple[list[int], list[float], float | None]
 
@@ -127,14 +127,9 @@ class ModelRunner:
             self.plan.ranks[self.rank].kv_heads.size,
             self.plan.spec.head_dim,
         )
-        kv_dtype = KV_DTYPES[self.plan.kv_type]
-        # Zeros, not whatever the memory holds: a masked NaN would still poison a weighted sum.
+        kv_type, device = self.plan.kv_type, self.device
         self.caches = [
-            (
-                torch.zeros(shape, dtype=kv_dtype, device=self.device),
-                torch.zeros(shape, dtype=kv_dtype, device=self.device),
-            )
-            for _ in self.plan.spec.layers
+            (make_cache(kv_type, shape, device), make_cache(kv_type, shape, device)) for _ in self.plan.spec.layers
         ]
         stages.end("cache")
         if self.kernels.name == "cuda":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 
 SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
 WINDOW_QUERIES = 256
@@ -49,13 +50,17 @@ class HeadGroups:
 
 
 def write_kv(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor, v: torch.Tensor, k_cache: CacheTensor, v_cache: CacheTensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Stores k and v [T, H, D] in the cache slots that slot_mapping (int64 [T]) names, rounded to the cache's dtype.
+    """Stores k and v [T, H, D] in the cache slots that slot_mapping (int64 [T]) names, rounded to the cache's type.
     Caches: [blocks, block_size, H, D]."""
-    if k.numel():
-        k_cache.flatten(0, 1).index_copy_(0, slot_mapping, k.to(k_cache.dtype))
-        v_cache.flatten(0, 1).index_copy_(0, slot_mapping, v.to(v_cache.dtype))
+    if not k.numel():
+        return
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        if isinstance(cache, QuantCache):
+            cache.write(x, slot_mapping)
+        else:
+            cache.flatten(0, 1).index_copy_(0, slot_mapping, x.to(cache.dtype))
 
 
 def batches_decodes(device: torch.device) -> bool:
@@ -63,18 +68,19 @@ def batches_decodes(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def working_dtype(q: torch.Tensor, k_cache: torch.Tensor, softcap: float | None) -> torch.dtype:
+def working_dtype(q: torch.Tensor, k_cache: CacheTensor, softcap: float | None) -> torch.dtype:
     """Of products: torch's fused GPU kernels take halves as they are (their sums are float32), all else is float32.
     These kernels know no softcap and want head sizes in eights."""
-    in_half = q.dtype in (torch.float16, torch.bfloat16) and q.dtype == k_cache.dtype
+    alike = isinstance(k_cache, QuantCache) or q.dtype == k_cache.dtype
+    in_half = q.dtype in (torch.float16, torch.bfloat16) and alike
     fused = softcap is None and q.device.type != "cpu" and q.shape[-1] % 8 == 0
     return q.dtype if in_half and fused else torch.float32
 
 
 def paged_attention(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    k_cache: CacheTensor,
+    v_cache: CacheTensor,
     inputs: AttentionInputs,
     kv_map: Sequence[int] | HeadGroups,
     scale: float,
@@ -91,7 +97,7 @@ def paged_attention(
     groups = kv_map if isinstance(kv_map, HeadGroups) else HeadGroups(kv_map, k_cache.shape[2], q.device)
     grouped = groups.split(q.to(working_dtype(q, k_cache, softcap)))
     out = torch.empty_like(grouped)
-    attend = _Attend(k_cache.flatten(0, 1), v_cache.flatten(0, 1), inputs, grouped.dtype, scale, window, softcap)
+    attend = _Attend(k_cache, v_cache, inputs, grouped.dtype, scale, window, softcap)
     batched = inputs.has_decodes and batches_decodes(q.device)
     if batched:
         attend.decode(grouped, out)
@@ -103,12 +109,12 @@ def paged_attention(
 
 
 class _Attend:
-    """One call's constants. Caches are flat: [slots, KV heads, D]."""
+    """One call's constants."""
 
     def __init__(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: CacheTensor,
+        values: CacheTensor,
         inputs: AttentionInputs,
         dtype: torch.dtype,
         scale: float,
@@ -121,11 +127,16 @@ class _Attend:
         self.fused = softcap is None and (keys.device.type == "cpu" or dtype != torch.float32)
 
     def _heads_at_a_time(self, tokens: int) -> int:
-        return max(1, GATHER_BYTES // (tokens * self.keys.shape[-1] * self.dtype.itemsize))
+        # Quantised numbers pass through float32.
+        size = 4 if isinstance(self.keys, QuantCache) else self.dtype.itemsize
+        return max(1, GATHER_BYTES // (tokens * self.keys.shape[-1] * size))
 
-    def _gather(self, cache: torch.Tensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
+    def _gather(self, cache: CacheTensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
         """[..., L] slots -> [..., heads, L, D] in the working dtype."""
-        picked = cache[:, heads].index_select(0, slots.flatten()).to(self.dtype)
+        if isinstance(cache, QuantCache):
+            picked = cache.read(slots.flatten(), heads, self.dtype)
+        else:
+            picked = cache.flatten(0, 1)[:, heads].index_select(0, slots.flatten()).to(self.dtype)
         return picked.view(*slots.shape, *picked.shape[1:]).transpose(-2, -3)
 
     def sequence(self, sequence: int, q: torch.Tensor, out: torch.Tensor) -> None:
@@ -199,7 +210,7 @@ class _Attend:
 
     def decode(self, q: torch.Tensor, out: torch.Tensor) -> None:
         """All one-token sequences together, keys padded to the longest of a chunk. q, out: [T, KV heads, group, D]."""
-        token_bytes = self.keys.shape[1] * self.keys.shape[2] * self.dtype.itemsize
+        token_bytes = self.keys.shape[2] * self.keys.shape[3] * self.dtype.itemsize
         for chunk in self.inputs.decode_chunks(self.window, GATHER_BYTES // token_bytes):
             chosen = q.index_select(0, chunk.rows)
             result = torch.empty_like(chosen)

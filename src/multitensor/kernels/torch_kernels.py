@@ -10,6 +10,7 @@ import torch
 from multitensor.kernels import reference
 from multitensor.kernels.attention import HeadGroups
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.quant_tensor import QuantTensor
 
 
@@ -101,8 +102,8 @@ class Kernels:
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         slot_mapping: torch.Tensor,
     ) -> None:
         """k, v [T, KV heads, D] into caches [blocks, block_size, KV heads, D] at int64 slots [T]."""
@@ -111,8 +112,8 @@ class Kernels:
     def paged_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         inputs: AttentionInputs,
         kv_map: Sequence[int],
         scale: float,

@@ -8,11 +8,12 @@ import torch
 
 from multitensor.architectures.spec import LayerSpec, ModelSpec
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.dispatch import Kernels
 from multitensor.model.linear import Weights, matrix, optional_vector, vector
 from multitensor.sharding.plan import RankPlan
 
-KVCache = tuple[torch.Tensor, torch.Tensor]  # keys and values, each [blocks, block_size, local KV heads, head_dim]
+KVCache = tuple[CacheTensor, CacheTensor]  # keys and values, each [blocks, block_size, local KV heads, head_dim]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def can_capture(plan: Plan) -> bool:
         whole
         and all(rank.device.kind == "cuda" for rank in plan.ranks)
         and plan.dtype in ("float16", "bfloat16")
+        and plan.kv_type in ("f32", "f16", "bf16")
         and spec.head_dim in HEAD_DIMS
         and plan.block_size % KEY_TILE == 0
         and spec.hidden_size % 4 == 0

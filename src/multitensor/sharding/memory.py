@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from multitensor.config import KV_ELEMENT_BYTES
+from multitensor.config import kv_head_bytes
 from multitensor.sharding.plan import Plan, RankPlan
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -72,7 +72,7 @@ def _weights(plan: Plan, rank: int) -> dict[str, int]:
 
 def kv_bytes_per_token(plan: Plan, rank: RankPlan) -> int:
     """Keys and values of one token in all layers, on this rank."""
-    return 2 * plan.spec.n_layers * rank.kv_heads.size * plan.spec.head_dim * KV_ELEMENT_BYTES[plan.kv_type]
+    return 2 * plan.spec.n_layers * rank.kv_heads.size * kv_head_bytes(plan.kv_type, plan.spec.head_dim)
 
 
 def context_bytes_per_token(plan: Plan) -> int:

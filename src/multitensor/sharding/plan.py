@@ -124,7 +124,7 @@ class Plan:
     tensors: Mapping[str, TensorPlan]  # by canonical name, in the model's order
     context: int  # tokens one sequence may have at most
     kv_tokens: int  # tokens the KV pool holds, all sequences together (a multiple of block_size)
-    kv_type: str  # "f32", "f16", "bf16"
+    kv_type: str  # of config.KV_TYPES, never "auto"
     block_size: int
     max_num_seqs: int
     max_batch_tokens: int

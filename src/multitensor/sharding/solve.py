@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from multitensor.architectures.spec import ModelSpec
-from multitensor.config import DTYPES, KV_TYPES, check_ratio
+from multitensor.config import DTYPES, KV_ALIASES, KV_TYPES, check_ratio
 from multitensor.errors import DoesNotFit, InputError
 from multitensor.sharding.memory import DeviceMemory, context_bytes_per_token, device_memory, kv_bytes_per_token
 from multitensor.sharding.plan import Plan, Ratios, make_plan
@@ -60,6 +60,8 @@ def solve(
     sizes = _Sizes(
         resolve_kv_type(kv_type, dtype, resolved, devices), resolved, max_num_seqs, max_batch_tokens, block_size
     )
+    if sizes.kv_type == "q4" and spec.head_dim % 8:
+        raise InputError(f"--kv-type q4 packs eight numbers together, the model's heads have {spec.head_dim}; take q8")
     plan = _cut(spec, devices, ratio, context, sizes)
     chosen = _choose_context(plan) if context is None else context
     plan = replace(plan, context=chosen, kv_tokens=_round_up(chosen, block_size))
@@ -89,6 +91,7 @@ def resolve_dtype(dtype: str, spec: ModelSpec, devices: Sequence[Device]) -> str
 
 def resolve_kv_type(kv_type: str, dtype: str, resolved: str, devices: Sequence[Device]) -> str:
     """ "auto" is f16 on a CPU and the activations' type on a GPU; f32 where float32 was asked for (`dtype`)."""
+    kv_type = KV_ALIASES.get(kv_type, kv_type)
     if kv_type not in KV_TYPES:
         raise InputError(f"--kv-type {kv_type!r} is unknown; known: {', '.join(KV_TYPES)}")
     if kv_type != "auto":

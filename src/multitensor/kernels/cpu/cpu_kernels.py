@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 from multitensor.kernels.cpu.native import NativeKernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
@@ -85,23 +86,28 @@ class CpuKernels(Kernels):
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        self.native.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
+            super().write_kv(k, v, k_cache, v_cache, slot_mapping)
+        else:
+            self.native.write_kv(k, v, k_cache, v_cache, slot_mapping)
 
     def paged_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         inputs: AttentionInputs,
         kv_map: Sequence[int],
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
+        if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
+            return super().paged_attention(q, k_cache, v_cache, inputs, kv_map, scale, window, softcap)
         out = self.native.paged_attention(q, k_cache, v_cache, inputs, kv_map, scale, window, softcap)
         return out if q.dtype is torch.float32 else out.to(q.dtype)
 
