@@ -227,3 +227,16 @@ def test_request_ids() -> None:
     engine.add_request([1], GREEDY, request_id="mine")
     with pytest.raises(InputError, match="mine"):
         engine.add_request([1], GREEDY, request_id="mine")
+
+
+def test_a_step_begun_ahead_gives_its_blocks_back_though_nothing_follows() -> None:
+    engine, _ = make_engine(block_size=4)
+    request = engine.add_request([1, 2, 3, 4, 5], GREEDY)
+    for _ in range(3):
+        engine.step()
+    engine.cancel(request)
+    assert not engine.has_unfinished and engine.is_busy and engine.load().kv_used > 0
+    while engine.is_busy:
+        engine.step()
+    load = engine.load()
+    assert (load.running, load.kv_used) == (0, 0) and load.kv_cached >= 4  # the prompt's first block can be found

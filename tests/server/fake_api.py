@@ -84,6 +84,7 @@ class FakeApi:
             "waiting": 1,
             "tokens_per_second": 83.2 + 9 * math.sin(time.monotonic() * 1.3) + 4 * math.sin(time.monotonic() * 5),
             "kv_used": 18_432,
+            "kv_cached": 4_096,
             "kv_total": 65_536,
             "prefix_hits": 700,
             "prefix_queries": 1000,

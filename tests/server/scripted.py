@@ -17,7 +17,7 @@ import numpy as np
 import uvicorn
 
 from multitensor.engine.async_engine import AsyncEngine
-from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.batch import SamplingSetup, StepInput, StepMasks, StepOutput, TokenLogprobs
 from multitensor.engine.engine import Engine
 from multitensor.engine.prepare import Prepared, prepare
 from multitensor.errors import RankFailed
@@ -48,6 +48,7 @@ class ScriptedExecutor:
         self._script = script
         self._tokenizer = tokenizer
         self._queue: deque[StepInput] = deque()
+        self._late_masks: dict[int, dict[int, np.ndarray]] = {}
         self._setups: dict[int, SamplingSetup] = {}
         self._said: dict[int, int] = {}
         self._texts: dict[int, list[int]] = {}
@@ -55,6 +56,9 @@ class ScriptedExecutor:
     def start(self, plan: Any, config: Any, progress: Any = None) -> None: ...
 
     def check(self) -> None: ...
+
+    def send_masks(self, masks: StepMasks) -> None:
+        self._late_masks[masks.step] = masks.masks
 
     def submit(self, step: StepInput) -> None:
         self._queue.append(step)
@@ -65,6 +69,7 @@ class ScriptedExecutor:
             self._script.fail = False
             raise RankFailed("rank 0 of 1 was killed (signal 9) at /secret/place")
         step = self._queue.popleft()
+        masks = {**step.masks, **self._late_masks.pop(step.step, {})}
         for setup in step.setups:
             self._setups[setup.slot] = setup
             self._script.setups.append(setup)
@@ -75,7 +80,7 @@ class ScriptedExecutor:
             if row in step.pooled:
                 output.sums[row] = np.array([3, 4] * (HIDDEN // 2), np.float32) * int(step.query_lens[row])
             if step.sample[row]:
-                output.token_ids[row] = self._next(slot, step.masks.get(row))
+                output.token_ids[row] = self._next(slot, masks.get(row))
                 k = self._setups[slot].logprobs
                 if k >= 0:
                     best = [(int(output.token_ids[row]) + i) % 256 for i in range(k)]

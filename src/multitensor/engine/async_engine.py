@@ -272,6 +272,7 @@ class AsyncEngine:
             running=load.running if self._engine else 0,
             waiting=sum(channel.waiting for channel in self._channels),
             kv_used=load.kv_used if self._engine else 0,
+            kv_cached=load.kv_cached if self._engine else 0,
             kv_total=load.kv_total,
             prefix_hits=int(totals["prefix_hits"]),
             prefix_queries=int(totals["prefix_queries"]),
@@ -326,7 +327,7 @@ class AsyncEngine:
     def _serve(self, engine: Engine) -> None:
         """Until it is told to stop; raises RankFailed."""
         while not self._abandon.is_set():
-            for command in self._take(wait=not engine.has_unfinished):
+            for command in self._take(wait=not engine.is_busy):
                 try:
                     command.run(engine)
                 except RankFailed as error:
@@ -334,7 +335,7 @@ class AsyncEngine:
                     raise
                 except Exception as error:
                     command.refuse(error)
-            if engine.has_unfinished:
+            if engine.is_busy:
                 before = engine.stats.generated_tokens
                 self._deliver(engine.step())
                 self._rate.count(engine.stats.generated_tokens - before)

@@ -57,12 +57,13 @@ class EngineStats:
 
 @dataclass(frozen=True)
 class EngineLoad:
-    """Sequences that hold a slot, and that wait; tokens of the pool in use (blocks that are only kept for reuse count
-    as free), and in all."""
+    """Sequences that hold a slot, and that wait; tokens of the pool in use, tokens that are only kept for reuse (they
+    count as free), and all."""
 
     running: int
     waiting: int
     kv_used: int
+    kv_cached: int
     kv_total: int
 
 
@@ -273,15 +274,23 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has anything to do or to tell."""
+        """Whether `step` has anything to do for a request, or to tell."""
         return self._scheduler.has_unfinished or bool(self._untold)
+
+    @property
+    def is_busy(self) -> bool:
+        """The same, or a step is under way that was begun ahead for texts that have ended since: `step` collects it,
+        and until then their blocks are in use."""
+        return self.has_unfinished or bool(self._submitted)
 
     def load(self) -> EngineLoad:
         """How much is under way; may be asked from any thread."""
         scheduler, blocks = self._scheduler, self._scheduler.blocks
         used = blocks.n_blocks - blocks.n_free
         size = blocks.block_size
-        return EngineLoad(len(scheduler.running), len(scheduler.waiting), used * size, blocks.n_blocks * size)
+        return EngineLoad(
+            len(scheduler.running), len(scheduler.waiting), used * size, blocks.n_cached * size, blocks.n_blocks * size
+        )
 
     def step(self) -> list[Request | ReadRequest]:
         """Submits the next step, then waits for the one before it. Returns the requests that have news; an empty

@@ -47,6 +47,11 @@ class BlockManager:
         return len(self._free) + len(self._idle)
 
     @property
+    def n_cached(self) -> int:
+        """Of these, the ones whose content can still be found."""
+        return len(self._idle)
+
+    @property
     def n_waiting(self) -> int:
         """Blocks that will be free as soon as the steps under way have ended."""
         leaving = Counter(block for blocks in self._waiting.values() for block in blocks)

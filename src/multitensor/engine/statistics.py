@@ -14,8 +14,9 @@ RATE_SECONDS = 10.0  # tokens a second are counted over so long
 class EngineSnapshot:
     """Where the engine stands, and totals since it was started (they outlive a restart of the ranks).
 
-    running, waiting: sequences. kv_used, kv_total: tokens of the pool; blocks kept for reuse alone count as free.
-    prefix_queries, prefix_hits: prompt tokens looked up, and those found in the cache. prompt_tokens: computed.
+    running, waiting: sequences. kv_used, kv_total: tokens of the pool; kv_cached: tokens only kept for reuse, which
+    count as free. prefix_queries, prefix_hits: prompt tokens looked up, and those found in the cache. prompt_tokens:
+    computed.
     memory: per rank, as measured when it was last asked for. restarts: how often the ranks were started again.
     compute_seconds, reduction_seconds: per rank, None where the ranks do not measure them.
     """
@@ -25,6 +26,7 @@ class EngineSnapshot:
     running: int
     waiting: int
     kv_used: int
+    kv_cached: int
     kv_total: int
     prefix_hits: int
     prefix_queries: int

@@ -123,6 +123,7 @@ def stats_json(stats: EngineSnapshot, plan: Plan, readings: Sequence[Reading]) -
         "waiting": stats.waiting,
         "tokens_per_second": stats.tokens_per_second,
         "kv_used": stats.kv_used,
+        "kv_cached": stats.kv_cached,
         "kv_total": stats.kv_total,
         "prefix_hits": stats.prefix_hits,
         "prefix_queries": stats.prefix_queries,
@@ -147,6 +148,7 @@ class _EngineCollector(Collector):
             ("multitensor_sequences_running", "Sequences in the batch.", stats.running),
             ("multitensor_requests_waiting", "Requests that wait for their first step.", stats.waiting),
             ("multitensor_kv_used_tokens", "Tokens of the KV pool in use.", stats.kv_used),
+            ("multitensor_kv_cached_tokens", "Tokens of the KV pool kept for reuse, free.", stats.kv_cached),
             ("multitensor_kv_total_tokens", "Tokens that the KV pool holds.", stats.kv_total),
             ("multitensor_tokens_per_second", "Tokens made a second, lately.", stats.tokens_per_second),
         ):
