@@ -53,12 +53,16 @@ def start_ballast(count: int, leave: float) -> tuple[list[subprocess.Popen[str]]
     return processes, [int(p.stdout.readline()) for p in processes if p.stdout]
 
 
-def exercise(model: str, tp: int, context: int, tokens: int, ratio: str | None) -> dict[str, Any]:
+def exercise(
+    model: str, tp: int, context: int, tokens: int, ratio: str | None, *, on_cpu: bool = False
+) -> dict[str, Any]:
+    """Loads, generates, measures and verifies. on_cpu: over CPU ranks, whose memory in use is that of the processes."""
     from multitensor import LLM, SamplingParams
 
-    before = used_bytes(tp)
+    where: dict[str, Any] = {"devices": f"cpu:{tp}"} if on_cpu else {"tensor_parallel_size": tp, "dtype": "float16"}
+    before = [0] * tp if on_cpu else used_bytes(tp)
     started = time.perf_counter()
-    with LLM(model, tensor_parallel_size=tp, max_model_len=context, dtype="float16", ratio=ratio) as llm:
+    with LLM(model, max_model_len=context, ratio=ratio, **where) as llm:
         loaded = time.perf_counter() - started
         vocabulary = llm.plan.spec.vocab_size
         prompts = [[(7 + 7919 * i + 31 * p) % vocabulary for i in range(64 + 16 * p)] for p in range(3)]
@@ -72,9 +76,10 @@ def exercise(model: str, tp: int, context: int, tokens: int, ratio: str | None) 
         started = time.perf_counter()
         llm.generate([[(11 + 104729 * i) % vocabulary for i in range(1024)]], SamplingParams(max_tokens=1))
         prefill = 1024 / (time.perf_counter() - started)
-        used = [after - start for after, start in zip(used_bytes(tp), before, strict=True)]
-        planned = [entry.total for entry in llm.memory_plan]
         resident = llm.memory()
+        after = [entry["rss_bytes"] for entry in resident] if on_cpu else used_bytes(tp)
+        used = [now - start for now, start in zip(after, before, strict=True)]
+        planned = [entry.total for entry in llm.memory_plan]
         ids = [list(output.outputs[0].token_ids) for output in outputs]
         started = time.perf_counter()
         report = llm.verify([prompt + out for prompt, out in zip(prompts, ids, strict=True)])

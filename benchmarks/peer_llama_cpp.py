@@ -229,7 +229,7 @@ def measure_group(options: argparse.Namespace, group: Group, attempt: Attempt) -
             f"multitensor, {group.name}, {test.name}", lambda t=test: our_first_token(options, group, t, environment)
         )
         result.ours |= {test.name: speed} if speed else {}
-    for mode in split_modes(options, group.ranks):
+    for mode in split_modes(options, group.ranks) if options.llama_bench else ():
         for reduction in ("",) if group.p2p else ALL_REDUCES:
             label = f"{mode} {reduction}".strip()
             theirs = dict(environment)
@@ -359,8 +359,10 @@ def hardware() -> dict[str, Any]:
     return {"system": platform.platform(), "cores": os.cpu_count(), "gpus": gpus}
 
 
-def build_info(llama_bench: Path) -> str:
+def build_info(llama_bench: Path | None) -> str:
     """What build_llama_cpp.sh wrote beside the program."""
+    if llama_bench is None:
+        return "not run"
     path = llama_bench.with_name("build_info.txt")
     return path.read_text().strip() if path.is_file() else "built otherwise"
 

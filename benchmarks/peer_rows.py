@@ -123,10 +123,11 @@ def table(report: dict[str, Any]) -> str:
             return ""
         return goal["goal"] + {True: ": met", False: ": missed", None: ": ?"}[goal["met"]]
 
+    missing = "not run" if report["llama_cpp"] == "not run" else "failed"
     titles = ("test", "GPUs", "multitensor", "of floor", "llama.cpp", "ratio", "required", "aim")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in report["results"]:
-        theirs = "; ".join(f"-sm {mode} {cell(speed)}" for mode, speed in row["theirs"].items()) or "failed"
+        theirs = "; ".join(f"-sm {mode} {cell(speed)}" for mode, speed in row["theirs"].items()) or missing
         floor = (row["ours"] or {}).get("details", {}).get("floor_percent")
         ratio = f"{row['ratio']:.2f}" if row["ratio"] else "-"
         ratio += f"; {row['over_one_gpu']:.2f} over one GPU" if row["over_one_gpu"] else ""
