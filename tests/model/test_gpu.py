@@ -13,6 +13,8 @@ from model_harness import BLOCK, CPU, cpu_plan, logits_in_steps, on_ranks, rando
 from multitensor.config import EngineConfig
 from multitensor.engine.runner import ModelRunner
 from multitensor.formats.checkpoint import open_checkpoint
+from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
+from multitensor.kernels.dispatch import make_kernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading import loader
 from multitensor.loading.loader import load_rank
@@ -47,6 +49,30 @@ def test_planes_equal_those_on_the_cpu(chunk_bytes: int, tmp_path: Path, monkeyp
                     assert torch.equal(values.view(torch.uint8), other.planes[plane].cpu().view(torch.uint8)), name
             else:
                 assert torch.equal(weight, other.cpu()), name
+
+
+@pytest.mark.parametrize("chunk_bytes", [5000, 32 << 20])
+def test_tensors_are_packed_while_others_are_read(
+    chunk_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiles of planes that were loaded and packed on the CPU, one after the other."""
+    monkeypatch.setattr(loader, "CUDA_CHUNK_BYTES", chunk_bytes)
+    kernels = make_kernels(GPU, exact=False)
+    if kernels.name != "cuda":
+        pytest.skip("cuda-core is not installed, so nothing is packed")
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", hidden=512, ffn=1536, n_heads=8, types=TYPES))
+    plan = cpu_plan(checkpoint, (2.0, 1.0))
+    for rank in range(plan.size):
+        planes = load_rank(checkpoint, plan, rank, CPU)
+        found = load_rank(checkpoint, plan, rank, GPU, adopt=kernels.adopt)
+        assert list(found) == list(planes)
+        for name, weight in planes.items():
+            other = found[name]
+            if isinstance(weight, QuantTensor):
+                assert isinstance(other, TiledTensor)
+                assert torch.equal(to_tiles(weight).tiles, other.tiles.cpu()), name
+            else:
+                assert isinstance(other, torch.Tensor) and torch.equal(weight, other.cpu()), name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
