@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from multitensor import LLM
 from multitensor.architectures.registry import resolve
-from multitensor.cli.bench import Work
+from multitensor.cli.bench import Work, _decode
 from multitensor.formats.checkpoint import open_checkpoint
 from multitensor.sharding.solve import solve
 from multitensor.sharding.topology import Device
@@ -59,7 +60,16 @@ def test_figures_of_two_ranks(model: str) -> None:
     assert three["bytes_per_step"] - one["bytes_per_step"] == 2 * 7.5 * 2 * 2 * 16 * 2
 
 
-def test_a_deep_cache_is_read_and_filled_once(model: str) -> None:
+def test_a_deep_cache_is_filled_once(model: str) -> None:
+    """Nine whole blocks of 32 of each sequence's 300 tokens are found again in both repetitions."""
+    with LLM._open(model, devices="cpu:1", max_num_seqs=2, max_model_len=400, prefix_cache="shared") as llm:
+        result = _decode(llm, 2, 12, 300, 2)
+        assert result.tokens_per_second > 0
+        assert llm.stats.prefix_hits == 2 * 2 * 288
+        assert llm.stats.preemptions == 0
+
+
+def test_a_deep_cache_is_read(model: str) -> None:
     shallow, deep = (report_of(model, f"-p 0 -n 12 -b 2 -d {depth} --tp 1 -r 2")["results"][0] for depth in (0, 300))
     assert (shallow["depth"], deep["depth"]) == (0, 300)
     assert deep["reduction_percent"] == 0
