@@ -22,6 +22,7 @@ constexpr int PHASES = 4, OUTPUT = 0, GATED = 1, DOWN = 2, NEXT = 3;
 constexpr int WIDE = (HIDDEN + 255) / 256;  // super-blocks of the residual stream
 constexpr int ITEMS = (WIDE + WARPS - 1) / WARPS;
 constexpr int BATCH = 2 * TOKENS;  // columns of the tensor cores' operand: two bytes a token
+constexpr int DEPTH = 8 / TOKENS;  // row groups whose sums over warps may be open at a time
 
 // Matrices with the same columns, one behind the other in the result. Matrix i is of TYPE_B where bit i of kinds is set.
 struct Phase {
@@ -36,6 +37,8 @@ struct Fixed {
     Phase phases[PHASES];
     float* places[RANKS];  // of the current set, on every rank
     float sums[2][WARPS];
+    int arrived[DEPTH];        // warps that have put their part of a row group there
+    volatile int done[DEPTH];  // row groups that were added up there
 };
 
 // Where a warp stands: row group of a matrix of a phase, and the super-block in it.
@@ -278,6 +281,62 @@ __device__ __forceinline__ void take_inner(const unsigned short* inner, const Ph
     }
 }
 
+// ---- sums over the block's warps ----
+
+// Puts a warp's part of the block's row group number `number` (of one matrix, or two) with the others':
+// partial [DEPTH][WARPS][2][TOKENS][16 rows]. True in the warp that came last: it has all of them. No warp waits, unless it
+// is DEPTH row groups ahead of another.
+__device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const float (&mine)[2][2], int number) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slot = number % DEPTH, n = lane & 3;
+    while (fixed.done[slot] < number / DEPTH) {}
+    __syncwarp();
+    float* to = partial + ((size_t)slot * WARPS + warp) * 2 * TOKENS * ROWS;
+    if (n < TOKENS) {
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) to[(part * TOKENS + n) * ROWS + half * 8 + (lane >> 2)] = mine[part][half];
+    }
+    __syncwarp();
+    int last = 0;
+    if (lane == 0) {
+        __threadfence_block();
+        last = atomicAdd(&fixed.arrived[slot], 1) == WARPS - 1;
+        __threadfence_block();
+    }
+    return __shfl_sync(0xffffffff, last, 0) != 0;
+}
+
+// By one warp: adds up 16 rows in warp order, and stores them where their readers look.
+__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Place& at, int phase, int number,
+                                            unsigned short* inner, void* out, int float_out, int gelu, int rank) {
+    const int lane = threadIdx.x & 31, n = lane >> 4, row = at.group * ROWS + (lane & 15);
+    if (n >= TOKENS) return;
+    const float* from = partial + (size_t)(number % DEPTH) * WARPS * 2 * TOKENS * ROWS + lane;
+    float sum = 0.f, up = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += from[w * 2 * TOKENS * ROWS];
+    if (phase == GATED) {
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) up += from[(w * 2 + 1) * TOKENS * ROWS];
+    }
+    if (row >= p.rows[at.part]) return;
+    const int before = at.part == 0 ? 0 : at.part == 1 ? p.rows[0] : p.rows[0] + p.rows[1];
+    if (p.bias) sum += p.bias[before + row];
+    if (phase == GATED) {
+        if (p.bias) up += p.bias[p.rows[0] + row];
+        put(inner + (size_t)n * p.rows[0] + row, pack<BFLOAT_MODE>(activated(sum, gelu) * up));
+    } else if (phase == NEXT) {
+        const size_t to = (size_t)n * (p.rows[0] + p.rows[1] + p.rows[2]) + before + row;
+        if (float_out) ((float*)out)[to] = sum;
+        else ((unsigned short*)out)[to] = pack<BFLOAT_MODE>(sum);
+    } else {
+        const size_t to = (phase == DOWN ? (size_t)RANKS * TOKENS * HIDDEN : 0) + ((size_t)rank * TOKENS + n) * HIDDEN + row;
+#pragma unroll
+        for (int r = 0; r < RANKS; r++) put(fixed.places[r] + to, sum);
+    }
+}
+
 __device__ __forceinline__ void clear(uint4* at, size_t count, u32 value) {
     const uint4 v = make_uint4(value, value, value, value);
     for (size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (size_t)gridDim.x * blockDim.x) at[i] = v;
@@ -302,7 +361,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     constexpr int TILE = TYPE::TILE > TYPE_B::TILE ? TYPE::TILE : TYPE_B::TILE;
     u8* ring = shared;
     u64* bars = (u64*)(ring + (size_t)WARPS * NSTAGES * TILE);
-    float* partial = (float*)(bars + WARPS * NSTAGES);  // [2][WARPS][128]
+    float* partial = (float*)(bars + WARPS * NSTAGES);  // see add_up
     Fixed& fixed = *(Fixed*)(partial + 2 * WARPS * 128);
     float* scale = (float*)(shared + WARPS * NSTAGES * (TILE + 8) + 2 * WARPS * 512 + FIXED_BYTES);
     static_assert(sizeof(Fixed) <= FIXED_BYTES, "the host leaves too little room");
@@ -325,6 +384,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         fixed.phases[GATED] = gated;
         fixed.phases[DOWN] = down;
         fixed.phases[NEXT] = next;
+        for (int i = 0; i < DEPTH; i++) fixed.arrived[i] = fixed.done[i] = 0;
     }
     __syncthreads();
     const Phase* phases = fixed.phases;
@@ -363,9 +423,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             if (k < HIDDEN) load_eight(residual_in + (size_t)n * HIDDEN + k, residual[n][j]);
         }
 
-    int stage = 0, buffer = 0, turn = 0;
+    int stage = 0, turn = 0, row_group = 0;
     u32 parity = 0;
-    float gate = 0.f;
 #pragma unroll 1
     for (int phase = 0; phase < PHASES; phase++) {
         const Phase& p = phases[phase];
@@ -383,58 +442,54 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             clear((uint4*)(fixed.places[rank] + (stale - set) * (int)(2 * PART)), 2 * PART / 4, NOTHING);
             clear((uint4*)(inner + stale * inner_size), inner_size / 8, NOTHING_TWICE);
         }
-        const int n_kb = p.n_kb, total = p.rows[0] + p.rows[1] + p.rows[2];
+        const int n_kb = p.n_kb;
         Place at;
         at.phase = phase;
         int kb = warp;
-        for (bool more = first_rows(phases, at); more; more = next_rows(phases, at)) {
-            float acc[4] = {0.f, 0.f, 0.f, 0.f};
-            const bool second = (p.kinds >> at.part) & 1;
-            for (; kb < n_kb; kb += WARPS) {
+        for (bool more = first_rows(phases, at); more; row_group++) {
+            // Columns of high and low parts are neighbours in a lane: lanes of column pair n hold token n.
+            float mine[2][2];
+#pragma unroll
+            for (int part = 0; part < 2; part++) {
+                mine[part][0] = mine[part][1] = 0.f;
+                if (part == 1 && phase != GATED) break;
+                float acc[4] = {0.f, 0.f, 0.f, 0.f};
+                const bool second = (p.kinds >> (at.part + part)) & 1;
+                for (; kb < n_kb; kb += WARPS) {
 #if HAS_BULK
-                ring_wait(my_bars + stage, parity);
+                    ring_wait(my_bars + stage, parity);
 #elif HAS_ASYNC
-                asm volatile("cp.async.wait_group %0;" ::"n"(NSTAGES - 1) : "memory");
-                __syncwarp();
+                    asm volatile("cp.async.wait_group %0;" ::"n"(NSTAGES - 1) : "memory");
+                    __syncwarp();
 #endif
-                const u8* tile = my_ring + (size_t)stage * TILE;
-                if (second) TYPE_B::tile(tile, act, kb, BATCH, lane, acc);
-                else TYPE::tile(tile, act, kb, BATCH, lane, acc);
-                __syncwarp();
-                fill(stage);
-                if (++stage == NSTAGES) { stage = 0; parity ^= 1; }
+                    const u8* tile = my_ring + (size_t)stage * TILE;
+                    if (second) TYPE_B::tile(tile, act, kb, BATCH, lane, acc);
+                    else TYPE::tile(tile, act, kb, BATCH, lane, acc);
+                    __syncwarp();
+                    fill(stage);
+                    if (++stage == NSTAGES) { stage = 0; parity ^= 1; }
+                }
+                kb -= n_kb;
+                mine[part][0] = acc[0] + acc[1];
+                mine[part][1] = acc[2] + acc[3];
             }
-            kb -= n_kb;
-            *(float4*)(partial + ((size_t)buffer * WARPS + warp) * 128 + lane * 4) = make_float4(acc[0], acc[1], acc[2], acc[3]);
-            __syncthreads();
-            if (warp < 4) {
-                // As gemv_body: thread i of the first four warps adds up result i of the warps, in warp order; high and
-                // low parts of a token's activations are neighbours.
-                const int i = threadIdx.x, owner = i >> 2, e = i & 3;
-                float sum = 0.f;
-#pragma unroll
-                for (int v = 0; v < WARPS; v++) sum += partial[((size_t)buffer * WARPS + v) * 128 + i];
-                sum += __shfl_xor_sync(0xffffffff, sum, 1);
-                const int row = at.group * ROWS + (owner >> 2) + (e >> 1) * 8, n = owner & 3;
-                if (row < p.rows[at.part] && n < TOKENS && !(e & 1)) {
-                    const int before = at.part == 0 ? 0 : at.part == 1 ? p.rows[0] : p.rows[0] + p.rows[1];
-                    if (p.bias) sum += p.bias[before + row];
-                    if (phase == GATED) {
-                        if (at.part == 0) gate = activated(sum, gelu);
-                        else put(my_inner + (size_t)n * p.rows[0] + row, pack<BFLOAT_MODE>(gate * sum));
-                    } else if (phase == NEXT) {
-                        const size_t to = (size_t)n * total + before + row;
-                        if (float_out) ((float*)out)[to] = sum;
-                        else ((unsigned short*)out)[to] = pack<BFLOAT_MODE>(sum);
-                    } else {
-                        const size_t to = (phase == DOWN ? PART : 0) + ((size_t)rank * TOKENS + n) * HIDDEN + row;
-#pragma unroll
-                        for (int r = 0; r < RANKS; r++) put(fixed.places[r] + to, sum);
-                    }
+            if (add_up(fixed, partial, mine, row_group)) {
+                finish_rows(fixed, partial, p, at, phase, row_group, my_inner, out, float_out, gelu, rank);
+                __syncwarp();
+                if (lane == 0) {
+                    fixed.arrived[row_group % DEPTH] = 0;
+                    __threadfence_block();
+                    fixed.done[row_group % DEPTH] = row_group / DEPTH + 1;
                 }
             }
-            buffer ^= 1;
+            if (phase == GATED) {
+                at.group += gridDim.x;
+                more = at.group < p.groups(0);
+            } else {
+                more = next_rows(phases, at);
+            }
         }
+        __syncthreads();  // the activations are not needed any more
         if (phase == NEXT && blockIdx.x == 0) {
 #pragma unroll
             for (int n = 0; n < TOKENS; n++)

@@ -15,7 +15,7 @@ from multitensor.kernels.quant_tensor import QuantTensor
 MAX_TOKENS = 2
 MAX_HIDDEN = 16384
 MAX_STAGES = 4
-_FIXED_BYTES = 512  # struct Fixed of layer.cu, for up to 16 ranks
+_FIXED_BYTES = 640  # struct Fixed of layer.cu, for up to 16 ranks
 _SETS = 3
 _NULL = torch.empty(0)  # its address is 0
 
@@ -150,7 +150,7 @@ def stages_for(types: tuple[str, str], tokens: int, widest: int, limit: int) -> 
 
 
 def shared_bytes(types: tuple[str, str], tokens: int, widest: int, stages: int) -> int:
-    """Dynamic shared memory of a block: ring and barriers, partial sums, what stays fixed, activations."""
+    """Dynamic shared memory of a block: ring and barriers, parts of sums, what stays fixed, activations."""
     ring = WARPS * stages * (max(TILE_BYTES[name] for name in types) + 8)
     return ring + 2 * WARPS * 512 + _FIXED_BYTES + widest * (32 + 2 * tokens * (256 + 48))
 
