@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import re
 import statistics
@@ -49,9 +50,10 @@ class Answer:
 class Server:
     """`multitensor serve` in a process of its own; `said` is what it wrote to standard error."""
 
-    def __init__(self, model: str, devices: str, parallel: int) -> None:
+    def __init__(self, model: str, devices: str, parallel: int, dtype: str) -> None:
         command = [sys.executable, "-m", "multitensor", "serve", model, "--devices", devices, "--port", "0"]
         command += ["--ctx", "512", "--parallel", str(parallel), "--name", "soak", "--log-level", "warning"]
+        command += ["--dtype", dtype]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         self.said = ""
         threading.Thread(target=self._read, daemon=True).start()
@@ -122,13 +124,12 @@ def take(answer: Answer, chunk: dict[str, Any]) -> None:
             answer.margins.append(values[0] - values[1] if len(values) > 1 else 0.0)
 
 
-def same(alone: Answer, together: Answer) -> str:
-    """ "equal", "near tie" (equal until one), or "different"."""
+def parting(alone: Answer, together: Answer) -> float | None:
+    """The margin where they part; None if they are equal; infinite if one only ends before the other."""
     if (alone.tokens, alone.finish) == (together.tokens, together.finish):
-        return "equal"
+        return None
     pairs = zip(alone.tokens, together.tokens, alone.margins, strict=False)
-    margin = next((margin for mine, other, margin in pairs if mine != other), None)
-    return "near tie" if margin is not None and margin < NEAR_TIE else "different"
+    return next((margin for mine, other, margin in pairs if mine != other), math.inf)
 
 
 async def check_streams(client: httpx.AsyncClient, streams: int, tokens: int) -> dict[str, Any]:
@@ -137,14 +138,16 @@ async def check_streams(client: httpx.AsyncClient, streams: int, tokens: int) ->
     middle = time.perf_counter()
     together = await asyncio.gather(*(ask(client, number, tokens) for number in range(streams)))
     ended = time.perf_counter()
-    verdicts = [same(one, other) for one, other in zip(alone, together, strict=True)]
+    partings = [parting(one, other) for one, other in zip(alone, together, strict=True)]
+    margins = sorted(margin for margin in partings if margin is not None)
     return {
         "streams": streams,
         "distinct_answers": len({tuple(answer.tokens) for answer in alone}),
         "lost": sum(not (answer.done and answer.finish) for answer in (*alone, *together)),
-        "equal": verdicts.count("equal"),
-        "equal_until_a_near_tie": verdicts.count("near tie"),
-        "different": verdicts.count("different"),
+        "equal": streams - len(margins),
+        "equal_until_a_near_tie": sum(margin < NEAR_TIE for margin in margins),
+        "different": sum(margin >= NEAR_TIE for margin in margins),
+        "margins": margins,
         "seconds_alone": middle - started,
         "seconds_together": ended - middle,
         "tokens": sum(len(answer.tokens) for answer in together),
@@ -222,7 +225,8 @@ def report(found: dict[str, Any]) -> Iterable[str]:
     yield (
         f"{streams['streams']} streams at once: {streams['equal']} equal, "
         f"{streams['equal_until_a_near_tie']} equal until a near tie, "
-        f"{streams['different']} different, {streams['lost']} lost; {streams['distinct_answers']} distinct answers; "
+        f"{streams['different']} different (at up to {max(streams['margins'], default=0):.2f} nat), "
+        f"{streams['lost']} lost; {streams['distinct_answers']} distinct answers; "
         f"{streams['seconds_together']:.1f} s together, {streams['seconds_alone']:.1f} s one after the other"
     )
     yield (
@@ -246,9 +250,10 @@ def main() -> int:
     parser.add_argument("--at-once", type=int, default=64)
     parser.add_argument("--soak-tokens", type=int, default=6)
     parser.add_argument("--parallel", type=int, default=200, help="sequences in one step at most")
+    parser.add_argument("--dtype", default="float32", help="float32: no activation is rounded to 8 bits")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    server = Server(options.model, options.devices, options.parallel)
+    server = Server(options.model, options.devices, options.parallel, options.dtype)
     try:
         found = asyncio.run(run(server, server.url(), options))
     finally:

@@ -142,6 +142,9 @@ class FakeExecutor:
         self.steps.append(step)
         self.on_submit(step)
 
+    def rank_seconds(self) -> tuple[tuple[float, float | None], ...]:
+        return ((0.5, 0.25),)
+
     def send_masks(self, masks: StepMasks) -> None:
         (step,) = self.queue  # the one before has been collected, the next one not been submitted
         assert masks.step == step.step and step.step not in self.late_masks

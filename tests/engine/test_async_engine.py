@@ -77,6 +77,7 @@ def test_streams_give_everything_once_and_in_order() -> None:
         assert not engine.given_up
         assert (stats.running, stats.waiting, stats.kv_used, stats.kv_total) == (0, 0, 0, 256)
         assert stats.generated_tokens == 12 * 20 and stats.tokens_per_second > 0 and stats.ready
+        assert (stats.compute_seconds, stats.reduction_seconds) == ((0.5,), (0.25,))
 
     run(test, Opener())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ class Port:
         self.events.append(("answer", result[1].step) if result[0] == "step" else result[0])
 
     def report_progress(self, done: int, total: int) -> None: ...
+
+    def report_seconds(self, compute: float, reduction: float | None) -> None:
+        self.events.append(("seconds", compute, reduction))
 
 
 class Device:
@@ -126,6 +130,16 @@ def test_a_step_that_is_over_is_answered_before_the_next(monkeypatch: pytest.Mon
     assert [event for event in events if event[0] in ("forward", "answer")] == [
         (kind, number) for number in range(3) for kind in ("forward", "answer")
     ]
+
+
+def test_seconds_are_told_with_every_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Timed(Device):
+        def __init__(self, events: list[Any]) -> None:
+            super().__init__(events, quick=True)
+            self.clock = SimpleNamespace(compute=2.0, reduction=None)
+
+    events = serve(monkeypatch, [step(0), ("stop",)], Timed)
+    assert events[-3:] == [("seconds", 2.0, None), ("answer", 0), "closed"]
 
 
 def test_a_runner_of_one_call_gets_all_masks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_positions_pass_the_futex_words_wrap_around() -> None:
     region.close()
 
 
+def test_ranks_tell_where_their_time_went() -> None:
+    channel = EngineChannel(2)
+    assert channel.seconds() == ((0.0, 0.0), (0.0, 0.0))
+    ranks = [RankChannel(SharedRegion(os.dup(channel.region.fd)), number) for number in range(2)]
+    ranks[0].report_progress(3, 4)
+    ranks[0].report_seconds(1.5, 0.25)
+    ranks[1].report_seconds(2.5, None)
+    assert channel.seconds() == ((1.5, 0.25), (2.5, None)) and channel.progress() == (3, 4)
+    for rank in ranks:
+        rank.close()
+    channel.close()
+
+
 def test_steps_and_results_between_processes() -> None:
     channel = EngineChannel(2)
 

@@ -57,6 +57,9 @@ class ScriptedExecutor:
 
     def check(self) -> None: ...
 
+    def rank_seconds(self) -> tuple[tuple[float, float | None], ...]:
+        return ((0.5, 0.25),)
+
     def send_masks(self, masks: StepMasks) -> None:
         self._late_masks[masks.step] = masks.masks
 

@@ -101,6 +101,22 @@ def test_smollm2_over_two_ranks_answers(client: openai.OpenAI, serving: Serving)
 
 
 @pytest.mark.models
+def test_metrics_tell_where_each_ranks_time_went(client: openai.OpenAI, serving: Serving) -> None:
+    def seconds(kind: str) -> list[float]:
+        text = httpx.get(f"{serving.url()}/metrics").text
+        found = re.findall(rf'rank_{kind}_seconds_total{{device="cpu:(\d)",rank="\1"}} (\S+)', text)
+        assert [rank for rank, _ in found] == ["0", "1"], text
+        return [float(value) for _, value in found]
+
+    client.completions.create(model="smollm2", prompt="The sea", max_tokens=4)
+    before = seconds("compute"), seconds("reduction")
+    client.completions.create(model="smollm2", prompt="The moon", max_tokens=8, extra_body={"ignore_eos": True})
+    after = seconds("compute"), seconds("reduction")
+    for kind in (0, 1):
+        assert all(0 < old < new for old, new in zip(before[kind], after[kind], strict=True))
+
+
+@pytest.mark.models
 def test_the_same_seed_says_the_same(client: openai.OpenAI) -> None:
     def ask(seed: int) -> list[str]:
         answer = client.completions.create(model="smollm2", prompt="The sea", seed=seed, n=2, max_tokens=12)

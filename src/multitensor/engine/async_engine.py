@@ -22,7 +22,7 @@ from multitensor.engine.engine import Engine
 from multitensor.engine.request import RequestOutput, SamplingParams
 from multitensor.engine.request_state import EmbedRequest, Request
 from multitensor.engine.request_stream import RequestChannel, RequestStream
-from multitensor.engine.statistics import EngineSnapshot, TokenRate
+from multitensor.engine.statistics import EngineSnapshot, RankSeconds, TokenRate, add_seconds
 from multitensor.errors import Overloaded, RankFailed
 from multitensor.sharding.plan import Plan
 
@@ -79,6 +79,7 @@ class AsyncEngine:
         self._restarts = 0
         self._memory: tuple[dict[str, int], ...] = ()
         self._past = dict.fromkeys(_TOTALS, 0.0)  # of engines that were closed
+        self._past_seconds: RankSeconds = ()
         self._rate = TokenRate()
 
     # --- its life ---
@@ -265,6 +266,8 @@ class AsyncEngine:
         """Counters as they are at this moment; does not wait for the engine."""
         engine = self._known
         load = engine.load()
+        seconds = add_seconds(self._past_seconds, engine.stats.rank_seconds if self._engine else ())
+        reductions = [reduction for _, reduction in seconds if reduction is not None]
         totals = {name: self._past[name] + (getattr(engine.stats, name) if self._engine else 0) for name in _TOTALS}
         return EngineSnapshot(
             ready=self.ready,
@@ -285,6 +288,8 @@ class AsyncEngine:
             tokens_per_second=self._rate.read(),
             restarts=self._restarts,
             memory=self._memory,
+            compute_seconds=tuple(compute for compute, _ in seconds) or None,
+            reduction_seconds=tuple(reductions) if seconds and len(reductions) == len(seconds) else None,
         )
 
     # --- the engine's thread ---
@@ -371,6 +376,7 @@ class AsyncEngine:
         self._engine = None
         for name in _TOTALS:
             self._past[name] += getattr(engine.stats, name)
+        self._past_seconds = add_seconds(self._past_seconds, engine.stats.rank_seconds)
         self._post(self._fail, list(self._served.values()), error)
         self._served = {}
         for future in self._embedding.values():

@@ -24,6 +24,7 @@ from multitensor.engine.request_state import (
     Tokenizer,
 )
 from multitensor.engine.scheduler import Scheduler, Sequence
+from multitensor.engine.statistics import RankSeconds
 from multitensor.engine.uniforms import derive_seed
 from multitensor.errors import InputError, RankFailed
 from multitensor.sharding.plan import Plan
@@ -45,6 +46,7 @@ class EngineStats:
     generated_tokens: int = 0
     prefix_queries: int = 0  # prompt tokens that were looked up in the cache
     prefix_hits: int = 0  # and of these, those found there
+    rank_seconds: RankSeconds = ()
 
     @property
     def prefill_tokens_per_second(self) -> float | None:
@@ -417,6 +419,7 @@ class Engine:
         self._last_result = now
         stats = self.stats
         stats.steps += 1
+        stats.rank_seconds = self._executor.rank_seconds()
         tokens = int(step.query_lens.sum())
         # A lone token that samples is decode, unless it is all of a one-token prompt.
         decodes = int(((step.query_lens == 1) & step.sample & (step.context_lens > 0)).sum())

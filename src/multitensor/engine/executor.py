@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepMasks, StepOutput
+from multitensor.engine.statistics import RankSeconds
 from multitensor.sharding.plan import Plan
 
 Progress = Callable[[int, int], None]  # bytes loaded by rank 0's device and its total; called now and then
@@ -30,6 +31,9 @@ class Executor(Protocol):
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         """Runs `ModelRunner.<method>(**arguments)` on every rank, between steps; all ranks' results in rank order."""
+
+    def rank_seconds(self) -> RankSeconds:
+        """By rank: seconds that it computed, and that it was in reductions (None where not measured), so far."""
 
     def check(self) -> None:
         """Raises RankFailed when a rank has been lost, also while nothing is under way; does not wait."""

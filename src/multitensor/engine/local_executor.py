@@ -11,6 +11,7 @@ from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.engine.bootstrap import MODEL_RUNNER, Failure, describe_failure, device_kind
 from multitensor.engine.executor import Progress
+from multitensor.engine.statistics import RankSeconds
 from multitensor.errors import InputError, RankFailed
 from multitensor.sharding.plan import Plan
 
@@ -27,6 +28,7 @@ class _Port:
         self.messages: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.loaded = (0, 0)
+        self.seconds: tuple[float, float | None] = (0.0, None)
 
     def receive(self) -> Any:
         return self.messages.get()
@@ -39,6 +41,9 @@ class _Port:
 
     def report_progress(self, done: int, total: int) -> None:
         self.loaded = (done, total)
+
+    def report_seconds(self, compute: float, reduction: float | None) -> None:
+        self.seconds = compute, reduction
 
 
 class LocalExecutor:
@@ -126,6 +131,9 @@ class LocalExecutor:
             return self._waiting.popleft()
         output: StepOutput = self._result(self._ports[0])[1]
         return output
+
+    def rank_seconds(self) -> RankSeconds:
+        return tuple(port.seconds for port in self._ports)
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         self._send(("call", method, arguments))

@@ -13,6 +13,7 @@ from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.engine.bootstrap import MODEL_RUNNER, Bootstrap, cpu_threads_per_rank, device_kind
 from multitensor.engine.executor import Progress
+from multitensor.engine.statistics import RankSeconds
 from multitensor.engine.supervisor import Launch, Supervisor
 from multitensor.engine.torchrun import World, torchrun_world
 from multitensor.errors import InputError, RankFailed
@@ -178,6 +179,9 @@ class ProcessExecutor:
             return self._waiting.popleft()
         output: StepOutput = ranks.channel.receive(0, ranks.check)[1]
         return output
+
+    def rank_seconds(self) -> RankSeconds:
+        return self._started().channel.seconds()
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         ranks = self._started()

@@ -19,6 +19,7 @@ import torch
 from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepOutput
 from multitensor.engine.executor import Progress
+from multitensor.engine.rank_clock import RankClock
 from multitensor.parallel.group import Group
 from multitensor.sharding.plan import Plan
 from multitensor.sharding.topology import Device
@@ -46,6 +47,13 @@ class OverlappingRunner(Protocol):
     def finish(self, begun: Any) -> StepOutput: ...
 
 
+@runtime_checkable
+class TimedRunner(Protocol):
+    """A runner that knows where its time in steps went."""
+
+    clock: RankClock
+
+
 class RankPort(Protocol):
     """A rank's end of the channel to the engine."""
 
@@ -53,6 +61,7 @@ class RankPort(Protocol):
     def pending(self) -> bool: ...
     def send(self, result: object) -> None: ...
     def report_progress(self, done: int, total: int) -> None: ...
+    def report_seconds(self, compute: float, reduction: float | None) -> None: ...
 
 
 def make_model_runner(plan: Plan, rank: int, config: EngineConfig, group: Group, device: torch.device) -> Runner:
@@ -98,6 +107,7 @@ class _Steps:
     def __init__(self, runner: Runner, port: RankPort, *, reports: bool) -> None:
         self._runner, self._port, self._reports = runner, port, reports
         self._overlapping = runner if isinstance(runner, OverlappingRunner) else None
+        self._clock = runner.clock if isinstance(runner, TimedRunner) else None
         self._begun: Any = None
         self._unread: Any = None
 
@@ -150,6 +160,8 @@ class _Steps:
             self._answer(output)
 
     def _answer(self, output: StepOutput) -> None:
+        if self._clock is not None:
+            self._port.report_seconds(self._clock.compute, self._clock.reduction)
         if self._reports:
             self._port.send(("step", output))
 

@@ -12,6 +12,7 @@ import torch
 from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
 from multitensor.engine.executor import Progress
+from multitensor.engine.rank_clock import RankClock
 from multitensor.engine.sampler import Sampler
 from multitensor.engine.statistics import Stages
 from multitensor.formats.checkpoint import Checkpoint
@@ -45,6 +46,7 @@ class ForwardedStep:
     logits: torch.Tensor | None
     hidden: torch.Tensor | None
     starts: np.ndarray | None
+    started: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class BegunStep:
     chosen: np.ndarray
     ids: torch.Tensor
     copied: torch.cuda.Event | None
+    started: torch.cuda.Event | None
     logprobs: dict[int, TokenLogprobs]
     scores: dict[int, list[Score]]
     sums: dict[int, np.ndarray]
@@ -98,6 +101,7 @@ class ModelRunner:
         self.config = config
         self.group = group
         self.device = device
+        self.clock = RankClock(group, device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = make_kernels(device, config.exact)
         group.kernels = self.kernels
@@ -162,6 +166,10 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, step: StepInput) -> ForwardedStep:
         """Queues a step on the device up to the logits of what it samples, which are valid until the next one."""
+        with self.clock.work():
+            return self._forward(step, self.clock.mark())
+
+    def _forward(self, step: StepInput, started: torch.cuda.Event | None) -> ForwardedStep:
         for setup in step.setups:
             self.sampler.admit(setup)
         if self._graphs is not None and _is_small_decode(step):
@@ -169,7 +177,7 @@ class ModelRunner:
             chosen = np.flatnonzero(step.sample)
             if len(chosen) < len(rows):
                 rows = rows[torch.from_numpy(chosen).to(self.device)]
-            return ForwardedStep(step, chosen, rows, None, None)
+            return ForwardedStep(step, chosen, rows, None, None, started)
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
@@ -177,17 +185,18 @@ class ModelRunner:
         starts = np.asarray(inputs.query_starts)
         chosen = np.flatnonzero(step.sample)
         logits = self._logits(hidden, starts[chosen] + step.query_lens[chosen] - 1) if len(chosen) else None
-        return ForwardedStep(step, chosen, logits, hidden, starts)
+        return ForwardedStep(step, chosen, logits, hidden, starts, started)
 
     @torch.inference_mode()
     def sample(self, forwarded: ForwardedStep, late_masks: Mapping[int, np.ndarray]) -> BegunStep:
         """Queues the rest. late_masks: as StepInput.masks, of the sequences for which they came late. What is sampled
         is known to the device at once, to the host at `finish`."""
         step, hidden, starts = forwarded.step, forwarded.hidden, forwarded.starts
-        sampled = self._sample(forwarded, {**step.masks, **late_masks})
-        scores = {} if hidden is None or starts is None else self._scores(step, hidden, starts)
-        sums = {} if hidden is None or starts is None else _sums(step, hidden, starts)
-        return self._begun(step, forwarded.chosen, *sampled, scores, sums)
+        with self.clock.work():
+            sampled = self._sample(forwarded, {**step.masks, **late_masks})
+            scores = {} if hidden is None or starts is None else self._scores(step, hidden, starts)
+            sums = {} if hidden is None or starts is None else _sums(step, hidden, starts)
+            return self._begun(forwarded, *sampled, scores, sums)
 
     def is_done(self, begun: BegunStep) -> bool:
         """Whether `finish` would return without waiting."""
@@ -197,29 +206,28 @@ class ModelRunner:
         """Waits for the step's ids. Steps finish in the order in which they began."""
         if begun.copied is not None:
             begun.copied.synchronize()
+            self.clock.add_between(begun.started, begun.copied)
         token_ids = np.full(begun.sequences, -1, dtype=np.int64)
         token_ids[begun.chosen] = begun.ids.numpy()
         return StepOutput(begun.step, token_ids, begun.logprobs, begun.scores, begun.sums)
 
     def _begun(
         self,
-        step: StepInput,
-        chosen: np.ndarray,
+        forwarded: ForwardedStep,
         ids: torch.Tensor,
         logprobs: dict[int, TokenLogprobs],
         scores: dict[int, list[Score]],
         sums: dict[int, np.ndarray],
     ) -> BegunStep:
         """ids: int64 on the device, of the sequences `chosen`; logprobs by row of ids."""
-        copied = None
+        step, chosen, copied = forwarded.step, forwarded.chosen, None
         if self.device.type == "cuda":
             host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
             host.copy_(ids, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
+            copied = self.clock.mark()
             ids = host
         by_sequence = {int(chosen[row]): value for row, value in logprobs.items()}
-        return BegunStep(step.step, len(step.slots), chosen, ids, copied, by_sequence, scores, sums)
+        return BegunStep(step.step, len(step.slots), chosen, ids, copied, forwarded.started, by_sequence, scores, sums)
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 RATE_SECONDS = 10.0  # tokens a second are counted over so long
 
+RankSeconds = tuple[tuple[float, float | None], ...]  # by rank: computing, in reductions (None: not measured)
+
 
 @dataclass(frozen=True)
 class EngineSnapshot:
@@ -18,7 +20,8 @@ class EngineSnapshot:
     count as free. prefix_queries, prefix_hits: prompt tokens looked up, and those found in the cache. prompt_tokens:
     computed.
     memory: per rank, as measured when it was last asked for. restarts: how often the ranks were started again.
-    compute_seconds, reduction_seconds: per rank, None where the ranks do not measure them.
+    compute_seconds, reduction_seconds: per rank, None where the ranks do not measure them (GPU ranks measure steps as
+    a whole: that is compute, reductions included).
     """
 
     ready: bool
@@ -41,6 +44,14 @@ class EngineSnapshot:
     memory: tuple[dict[str, int], ...]
     compute_seconds: tuple[float, ...] | None = None
     reduction_seconds: tuple[float, ...] | None = None
+
+
+def add_seconds(past: RankSeconds, now: RankSeconds) -> RankSeconds:
+    """By rank, of ranks that were restarted meanwhile; either may be empty."""
+    if not past or not now:
+        return past or now
+    pairs = zip(past, now, strict=True)
+    return tuple((a + c, None if b is None or d is None else b + d) for (a, b), (c, d) in pairs)
 
 
 class TokenRate:

@@ -20,6 +20,7 @@ class Group(ABC):
 
     kernels: what computes the norm of `reduce_add_norm`: the plain reference until the rank sets its own handle
     (anything with `rms_norm` and `add_rms_norm` of that signature).
+    seconds: spent in sums and gathers so far, waiting for slower ranks included; None where that is not measured.
     peer_memory: GPUs' memory that all ranks reach, once `open_peer_memory` has found it to work; carve from it alike on
     all ranks. no_peer_memory: why there is none.
     """
@@ -27,6 +28,7 @@ class Group(ABC):
     rank: int
     size: int
     kernels: Any = reference
+    seconds: float | None = None
     peer_memory: PeerMemory | None = None
     no_peer_memory: str = "the ranks are not several GPUs"
 
@@ -109,6 +111,7 @@ class SingleGroup(Group):
     def __init__(self) -> None:
         self.rank = 0
         self.size = 1
+        self.seconds = 0.0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,6 +52,7 @@ class SharedMemoryGroup(Group):
         self._turn = 0
         self._spin = spin_seconds(layout.size, len(os.sched_getaffinity(0)))
         self._views: dict[tuple[torch.Size, torch.dtype], _Views] = {}
+        self.seconds: float = 0.0
 
     @staticmethod
     def _parent_check(parent: int) -> Callable[[], None]:
@@ -125,6 +127,12 @@ class SharedMemoryGroup(Group):
         """Sum in float32 (float64 and integers in their own type), rounded to x's type. Overwrites x when it can."""
         if self.size == 1 or x.numel() == 0:
             return x
+        started = time.perf_counter()
+        x = self._sum(x)
+        self.seconds += time.perf_counter() - started
+        return x
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
         wide = wire_dtype(x.dtype)
         nbytes = x.numel() * wide.itemsize
         if nbytes <= self._layout.slot_bytes and (self.size == 2 or nbytes < _TWO_PHASE_BYTES):
@@ -176,6 +184,12 @@ class SharedMemoryGroup(Group):
         check_gather(x, sizes, self.rank, self.size)
         if self.size == 1:
             return x
+        started = time.perf_counter()
+        out = self._gather(x, sizes)
+        self.seconds += time.perf_counter() - started
+        return out
+
+    def _gather(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         tokens, widest = x.shape[0], max(sizes)
         ends = [sum(sizes[: r + 1]) for r in range(self.size)]
         out = torch.empty((tokens, ends[-1]), dtype=x.dtype, device=x.device)

@@ -6,7 +6,8 @@ pickle; it may be larger than the ring, and then flows through it. A full ring m
 reader: that is the back-pressure.
 
     offset 0            abort word (uint32), number of ranks (uint32), bytes in the ring of steps and in one of results
-    line 1 + r          rank r's progress: bytes loaded, bytes to load (uint64 each)
+    line 1 + r          rank r's progress: bytes loaded, bytes to load (uint64 each); then its nanoseconds computing and
+                        in reductions (int64 each; -1: not measured)
     then                the ring of steps (engine -> all ranks), then one ring of results a rank (rank -> engine)
 """
 
@@ -166,6 +167,7 @@ class EngineChannel:
         header[1], header[2], header[3] = size, step_ring_bytes, result_ring_bytes
         self._abort = header
         self._progress = self.region.view(0, LINE * (1 + size), "Q")
+        self._nanoseconds = self.region.view(0, LINE * (1 + size), "q")
         # The engine is one process more than the ranks.
         spin = spin_seconds(size + 1, len(os.sched_getaffinity(0)))
         self._steps = RingWriter(self.region, layout.steps, size, step_ring_bytes, spin)
@@ -192,6 +194,14 @@ class EngineChannel:
             sum(self._progress[line * (LINE // 8) + 1] for line in lines),
         )
 
+    def seconds(self) -> tuple[tuple[float, float | None], ...]:
+        """By rank: what it reported last of its time computing and in reductions."""
+        found = []
+        for line in range(1, 1 + self.size):
+            compute, reduction = (self._nanoseconds[line * (LINE // 8) + place] for place in (2, 3))
+            found.append((compute / 1e9, reduction / 1e9 if reduction >= 0 else None))
+        return tuple(found)
+
     def abort(self) -> None:
         """Makes ranks that wait in this channel raise RankFailed."""
         self._abort[0] = 1
@@ -211,6 +221,7 @@ class RankChannel:
         self._region = region
         self._header = header
         self._progress = region.view(LINE * (1 + rank), 16, "Q")
+        self._nanoseconds = region.view(LINE * (1 + rank) + 16, 16, "q")
         spin = spin_seconds(layout.size + 1, len(os.sched_getaffinity(0)))
         self._steps = RingReader(region, layout.steps, layout.size, layout.step_bytes, rank, spin)
         self._results = RingWriter(region, layout.result(rank), 1, layout.result_bytes, spin)
@@ -235,6 +246,11 @@ class RankChannel:
         """Bytes loaded by this rank, of how many."""
         self._progress[1] = total
         self._progress[0] = done
+
+    def report_seconds(self, compute: float, reduction: float | None) -> None:
+        """This rank's time so far; reduction: None if it is not measured."""
+        self._nanoseconds[0] = round(compute * 1e9)
+        self._nanoseconds[1] = -1 if reduction is None else round(reduction * 1e9)
 
     def close(self) -> None:
         self._region.close()
