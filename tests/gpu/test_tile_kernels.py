@@ -94,3 +94,16 @@ def test_gated(kernels, types: tuple[str, str], kind: str, rows: int) -> None:
     found = kernels.multiply(x, [gate, up], gated=kind)
     assert scale > 0
     assert error(found, wanted) < 6e-3
+
+
+@pytest.mark.parametrize("name", TILE_BYTES)
+def test_embedding_is_bit_for_bit(kernels, name: str) -> None:
+    """Rows by id, by what a slot sampled last, and of other ranks."""
+    tiled, numbers = weight(name, 40, 768, 0, 768)
+    ids = torch.tensor([107, 100, -1, 139, 99, 140, -1, 116], dtype=torch.int32, device="cuda")
+    slots = torch.tensor([0, 1, 2, 0, 0, 0, 1, 0], dtype=torch.int32, device="cuda")
+    last = torch.tensor([5, 123, 108], device="cuda")
+    found = kernels.embed(tiled, ids, slots, last, first=100, scale=0.75)
+    rows = [7, 0, 8, 39, None, None, 23, 16]
+    wanted = torch.stack([torch.zeros(768, device="cuda") if r is None else numbers[r] * 0.75 for r in rows])
+    assert torch.equal(found, wanted)

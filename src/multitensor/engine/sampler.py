@@ -68,20 +68,26 @@ class Sampler:
         slots: np.ndarray,
         uniforms: np.ndarray,
         masks: Mapping[int, np.ndarray] | None = None,
+        likeliest: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
         """logits: float32 [S, vocab], one row a sequence that samples now (left as they are). slots: [S], each at most
         once. uniforms: float64 [S]. masks: row -> what a grammar allows, as in StepInput; log-probabilities do not know
-        of them. Returns (int64 [S] on the device, row number -> log-probabilities where asked)."""
+        of them. likeliest: int64 [S], each row's argmax where that is known and already stands in `last_tokens`.
+        Returns (int64 [S] on the device, row number -> log-probabilities where asked)."""
         if len(slots) == 0:
             return torch.zeros(0, dtype=torch.int64, device=self.device), {}
         logprobs: dict[int, TokenLogprobs] = {}
         allowed = self._masked(logits, masks) if masks else logits
-        if self._plain_greedy[slots].all():
-            ids = allowed.argmax(-1)
+        greedy = self._plain_greedy[slots].all()
+        if greedy and likeliest is not None and not masks:
+            ids = likeliest
         else:
-            ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
+            if greedy:
+                ids = allowed.argmax(-1)
+            else:
+                ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
+            self.last_tokens[self._to_device(slots.astype(np.int64))] = ids
         self._remember(ids, slots)
-        self.last_tokens[self._to_device(slots.astype(np.int64))] = ids
         for g in self._groups(len(slots)):
             logprobs |= self._logprobs(logits[g], ids[g], slots[g], g.start)
         return ids, logprobs

@@ -812,6 +812,41 @@ __device__ __forceinline__ void expand_body(const u8* __restrict__ w, void* __re
     }
 }
 
+// out[n][columns] = scale * row ids[n] - first of the weights, or zeros where that row is not here. ids[n] < 0: the id is
+// last[slots[n]]. The values are expand_body's. A warp takes one super-block of one row; only lanes that hold it work.
+template <class Q, class T>
+__device__ __forceinline__ void embed_body(const u8* __restrict__ w, float* __restrict__ out, int rows, int columns, int n_kb,
+                                           const int* ids, const int* slots, const long long* last, int first, int tokens, float scale) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    const int job = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), n = job / n_kb, kb = job - n * n_kb;
+    if (n >= tokens) return;
+    const long long id = (ids[n] < 0 ? last[slots[n]] : ids[n]) - first;
+    const bool here = id >= 0 && id < rows;
+    const int row = here ? (int)(id & (ROWS - 1)) : 0;
+    if (g != (row & 7)) return;
+    const u8* t = w + ((here ? id / ROWS : 0) * n_kb + kb) * T::TILE;
+    const typename Q::High high = Q::high(t, lane);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        Fragment f[2];
+        Q::get(t, j, lane, high, f[0], f[1]);
+#pragma unroll
+        for (int p = 0; p < 2; p++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int k = kb * 256 + j * 64 + p * 32 + half * 16 + 4 * c;
+                if (k >= columns) continue;
+                const u32 low = half ? f[p].a2 : f[p].a0, q = row & 8 ? (half ? f[p].a3 : f[p].a1) : low;
+                float factor, offset, v[4];
+                T::factors(t, row, j, p, half, factor, offset);
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    v[e] = here ? __fmul_rn(scale, __fadd_rn(__fmul_rn(factor, (float)signed_byte(q, e)), offset)) : 0.f;
+                *(float4*)(out + (size_t)n * columns + k) = make_float4(v[0], v[1], v[2], v[3]);
+            }
+    }
+}
+
 #ifndef TYPE
 #define TYPE Q4_K
 #endif
@@ -849,4 +884,9 @@ GEMV(gemv_gated, false, true)
 EXPAND(expand_half, 0)
 EXPAND(expand_bfloat, 1)
 EXPAND(expand_float, 2)
+
+extern "C" __global__ void __launch_bounds__(256) embed(const u8* w, float* out, int rows, int columns, int n_kb, const int* ids,
+                                                        const int* slots, const long long* last, int first, int tokens, float scale) {
+    embed_body<TYPE::Quants, TYPE>(w, out, rows, columns, n_kb, ids, slots, last, first, tokens, scale);
+}
 #endif  // LEND_DEVICE_FUNCTIONS

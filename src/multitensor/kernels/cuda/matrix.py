@@ -116,6 +116,27 @@ class TileKernels:
         picked = (ids - groups * ROWS).view(-1, 1, 1).expand(-1, 1, w.cols)
         return out.gather(1, picked).squeeze(1)
 
+    def embed(
+        self,
+        w: TiledTensor,
+        ids: torch.Tensor,
+        slots: torch.Tensor,
+        last: torch.Tensor,
+        *,
+        first: int,
+        scale: float,
+    ) -> torch.Tensor:
+        """Rows ids - first of w, times scale: int32 [T] -> float32 [T, cols]; zeros where w has no such row. An id < 0
+        stands for last[slot]: int64, and int32 [T]."""
+        name = w.type.name
+        out = torch.empty((len(ids), w.cols), dtype=torch.float32, device=self.device)
+        kernel = self._program((name, name), torch.float16).kernel("embed")
+        rest = (ids, slots, last, first, len(ids), float(scale))
+        launch(
+            kernel, -(-len(ids) * w.column_blocks // 8), 256, 0, (w.tiles, out, w.rows, w.cols, w.column_blocks, *rest)
+        )
+        return out
+
     def _expand(
         self, w: TiledTensor, out: torch.Tensor, first: int, groups: int, rows: int, ids: torch.Tensor | None
     ) -> None:
