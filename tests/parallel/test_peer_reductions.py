@@ -113,4 +113,9 @@ def test_other_groups_say_that_there_is_nothing_to_choose() -> None:
         group.open_peer_memory(1 << 20)
         group.choose_reductions(64, [64], torch.float16)
         assert group.peer_memory is None
-        assert group.describe_reductions() == {"small": small, "why": None, "microseconds": {}}
+        assert group.describe_reductions() == {
+            "small": small,
+            "why": None,
+            "warning": None,
+            "microseconds": {},
+        }

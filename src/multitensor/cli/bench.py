@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn
+from multitensor.cli.output import loading_bar, warn_of
 from multitensor.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,12 +28,14 @@ WARM_UP_TOKENS = 8  # decoded before the first that is timed
 @dataclass(frozen=True)
 class Load:
     """How long a model took to be ready on so many ranks; rank by rank, seconds of the stages of that, and what its
-    device's memory can do, measured in the ranks after the tests (None: no room was left to measure)."""
+    device's memory can do, measured in the ranks after the tests (None: no room was left to measure). reductions: how
+    sums over ranks travel, as LLM.reductions."""
 
     ranks: int
     load_seconds: float
     stages: list[dict[str, float]]
     memory_bytes_per_second: list[float | None]
+    reductions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,12 +132,12 @@ def command(
             )
         with llm:
             loaded = time.perf_counter() - started
-            for warning in llm.plan.warnings:
-                warn(warning)
+            warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
             timed = _time_all(llm, work)
             abilities = llm._engine.call("measure", batches=list(batches) if any(work.counts) else [])
             stages = [each["load_stages"] for each in abilities]
-            loads.append(Load(llm.plan.size, loaded, stages, [each["memory_bytes_per_second"] for each in abilities]))
+            speeds = [each["memory_bytes_per_second"] for each in abilities]
+            loads.append(Load(llm.plan.size, loaded, stages, speeds, llm.reductions()))
             results += [_judged(llm, result, abilities) for result in timed]
     report = {
         "model": model,
@@ -276,6 +278,16 @@ def _print(loads: list[Load], results: list[Result]) -> None:
         stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in longest.items())
         console.print(f"{load.ranks} rank(s): loaded in {load.load_seconds:.1f} s (longest: {stages})")
         console.print(f"memory is read at {reads} TB/s")
+        _print_reductions(console, load.reductions)
+
+
+def _print_reductions(console: Console, reductions: dict[str, Any]) -> None:
+    for rows, ways in reductions["microseconds"].items():
+        times = ", ".join(f"{way} {microseconds:.1f}" for way, microseconds in ways.items())
+        console.print(f"sum over ranks with its norm, {rows} row(s), microseconds: {times}")
+    if reductions["why"] or reductions["microseconds"]:
+        why = f": {reductions['why']}" if reductions["why"] else ""
+        console.print(f"small sums take {reductions['small']}{why}")
 
 
 def _percent(value: float | None) -> str:

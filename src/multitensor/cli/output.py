@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -27,6 +27,13 @@ def fail(error: MultitensorError) -> NoReturn:
 
 def warn(message: str) -> None:
     sys.stderr.write(f"multitensor: warning: {message}\n")
+
+
+def warn_of(warnings: Iterable[str | None]) -> None:
+    """A line for each that there is."""
+    for warning in warnings:
+        if warning is not None:
+            warn(warning)
 
 
 def human_bytes(count: float) -> str:

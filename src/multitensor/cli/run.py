@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn
+from multitensor.cli.output import loading_bar, warn_of
 from multitensor.cli.rank_watch import raise_when_lost
 from multitensor.engine.statistics import seconds_since_start
 from multitensor.errors import InputError, RankFailed
@@ -85,8 +85,7 @@ def command(
         )
     with llm:
         loaded = time.perf_counter() - started
-        for warning in llm.plan.warnings:
-            warn(warning)
+        warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
         if text is None and tokens is None:
             with raise_when_lost(llm._engine.check):
                 _chat(llm, params, system)

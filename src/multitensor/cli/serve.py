@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn
+from multitensor.cli.output import loading_bar, warn, warn_of
 
 if TYPE_CHECKING:
     import socket
@@ -155,9 +155,11 @@ def _opener(model: str, **wishes: Any) -> tuple[Prepared, Callable[[], Engine]]:
         with loading_bar() as bar:
             report[0] = bar
             try:
-                return open_engine()
+                engine = open_engine()
             finally:
                 report[0] = None
+        warn_of([engine.call("reductions")[0]["warning"]])
+        return engine
 
     return prepared, opening
 

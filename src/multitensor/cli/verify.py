@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn
+from multitensor.cli.output import loading_bar, warn_of
 
 
 def command(
@@ -47,8 +47,7 @@ def command(
             p2p=p2p,
         )
     with llm:
-        for warning in llm.plan.warnings:
-            warn(warning)
+        warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
         report = llm.verify()
     if as_json:
         typer.echo(json.dumps(report))

@@ -201,7 +201,8 @@ class LLM:
 
     def reductions(self) -> dict[str, Any]:
         """How sums over ranks travel. "small": those of a decode step, over peer memory or through NCCL, "none" with
-        one rank; "why": why not over peer memory, or None; "microseconds": what both took when the ranks started."""
+        one rank; "why": why not over peer memory, or None; "warning": what of it is worth one, or None; "microseconds":
+        what both took when the ranks started."""
         with self._exclusive() as engine:
             return engine.call("reductions")[0]
 

@@ -62,9 +62,10 @@ class Group(ABC):
         return False
 
     def describe_reductions(self) -> dict[str, Any]:
-        """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; microseconds: by
-        number of rows and way, as timed, with the norm."""
-        return {"small": "none" if self.size == 1 else "host memory", "why": None, "microseconds": {}}
+        """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; warning: what
+        people should be told of that, or None; microseconds: by number of rows and way, as timed, with the norm."""
+        small = "none" if self.size == 1 else "host memory"
+        return {"small": small, "why": None, "warning": None, "microseconds": {}}
 
     def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
         """Makes every other rank's pending and future calls raise RankFailed, where the backend can. Does not wait."""

@@ -98,7 +98,8 @@ class PeerReductions:
         times = {t.tokens: {other: t.nccl} | {f"peer memory x {p}": s for p, s in t.peer.items()} for t in self.timings}
         rounded = {tokens: {way: round(1e6 * s, 2) for way, s in ways.items()} for tokens, ways in times.items()}
         small = f"peer memory up to {self._chosen[-1][0]} rows" if self._chosen else other
-        return {"small": small, "why": None if self._chosen else f"{other} is faster here", "microseconds": rounded}
+        why = None if self._chosen else f"{other} is faster here"
+        return {"small": small, "why": why, "warning": None, "microseconds": rounded}
 
     def _time(self, group: Group, tokens: int, dtype: torch.dtype) -> Timing:
         device, hidden = self._variants[1].device, self._variants[1].hidden

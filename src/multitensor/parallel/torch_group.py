@@ -26,6 +26,7 @@ from multitensor.parallel.peer_probe import PeerProbe
 from multitensor.parallel.peer_reductions import PeerReductions, make_peer_reductions
 
 _LOADING = timedelta(hours=24)  # ranks may load for very different times; the engine, not a timeout, ends the hopeless
+_NOT_ASKED = "not asked for"
 _MAPPING = timedelta(seconds=60)  # for mapping peers' memory, after which a rank that failed at it is not waited for
 
 
@@ -60,7 +61,7 @@ class TorchGroup(Group):
         self.backend = backend
         self._p2p = p2p
         self._probe: PeerProbe | None = None
-        self._peers: PeerReductions | str = "not asked for"
+        self._peers: PeerReductions | str = _NOT_ASKED
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         if p2p is False:
             os.environ["NCCL_P2P_DISABLE"] = "1"
@@ -120,9 +121,11 @@ class TorchGroup(Group):
 
     def describe_reductions(self) -> dict[str, Any]:
         name = "NCCL" if self.backend == "nccl" else self.backend
-        if isinstance(self._peers, str):
-            return {"small": name, "why": self._peers, "microseconds": {}}
-        return self._peers.describe(name)
+        if not isinstance(self._peers, str):
+            return self._peers.describe(name)
+        hoped = self._p2p is None and name == "NCCL" and self._peers != _NOT_ASKED
+        warning = f"GPUs do not use each other's memory, sums take {name} instead: {self._peers}" if hoped else None
+        return {"small": name, "why": self._peers, "warning": warning, "microseconds": {}}
 
     def reduce_add_norm(
         self,
@@ -132,6 +135,7 @@ class TorchGroup(Group):
         eps: float,
         post_norm_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        partial = partial.contiguous()  # or one rank might find it unfit, alone
         peers = self._peers_for(partial, residual)
         if peers is None:
             return super().reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)
@@ -148,6 +152,7 @@ class TorchGroup(Group):
         out: torch.Tensor,
         post_norm_weight: torch.Tensor | None = None,
     ) -> None:
+        partial = partial.contiguous()
         peers = self._peers_for(partial, residual)
         if peers is None:
             super().reduce_add_norm_into(partial, residual, norm_weight, eps, out, post_norm_weight)
@@ -179,7 +184,7 @@ class TorchGroup(Group):
     def all_gather_last(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """Through NCCL or gloo padded to the widest part: they move equal sizes."""
         check_gather(x, sizes, self.rank, self.size)
-        gathered = None if isinstance(self._peers, str) else self._peers.gather(x, sizes)
+        gathered = None if isinstance(self._peers, str) else self._peers.gather(x.contiguous(), sizes)
         if gathered is not None:
             return gathered
         tokens, widest = x.shape[0], max(sizes)
