@@ -15,7 +15,7 @@ from multitensor.kernels.cuda.program import SOURCES, source_text
 from multitensor.kernels.cuda.tiles import TILE_BYTES
 
 ARCHITECTURES = (75, 86, 89, 90, 120)
-THOROUGH = (75, 90)  # the others share their code paths, and a program takes one to two seconds
+EVERY_KERNEL = "MULTITENSOR_EVERY_KERNEL"  # an environment variable
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,38 @@ def processes() -> Iterator[ProcessPoolExecutor]:
         yield pool
 
 
-def asked_for(architecture: int) -> list[Asked]:
-    """Programs that the Python side asks for on such a GPU. Not all: types meet by turns, a turn an architecture.
+def everything(architecture: int, turn: int) -> list[Asked]:
+    """Programs that the Python side asks for on such a GPU; which types meet in them depends on the turn.
 
     A source that cuda_requests.py asks nothing of is compiled as it stands, without defines.
     """
     with recorded(architecture) as programs:
         for request in REQUESTS:
-            request(ARCHITECTURES.index(architecture), architecture in THOROUGH)
+            request(turn, True)
     asked = {source for program in programs for source in program.sources}
     alone = sorted(path.name for path in SOURCES.glob("*.cu") if path.name not in asked)
     return programs + [Asked((name,), {}) for name in alone]
 
 
+def asked_for(architecture: int) -> list[Asked]:
+    """One of five of each source, since a program takes up to two seconds: every one on some architecture, and every
+    source on each. All of them, and other combinations a turn, where EVERY_KERNEL is set."""
+    turn = ARCHITECTURES.index(architecture)
+    if EVERY_KERNEL in os.environ:
+        return everything(architecture, turn)
+    by_source: dict[str, list[Asked]] = {}
+    for program in everything(architecture, 0):
+        by_source.setdefault(program.sources[-1], []).append(program)
+    return [
+        program
+        for programs in by_source.values()
+        for number, program in enumerate(programs)
+        if number % len(ARCHITECTURES) == turn or (number == turn % len(programs) and len(programs) <= turn)
+    ]
+
+
 def test_requests_cover_types_and_sources() -> None:
-    programs = asked_for(90)
+    programs = everything(90, 0)
     assert {"gemv.cu", "gemv_float.cu", "decode.cu"} <= {program.sources[0] for program in programs if program.kernels}
     tiled = [program for program in programs if "TYPE" in program.defines]
     assert {program.defines[name] for program in tiled for name in ("TYPE", "TYPE_B")} == set(TILE_BYTES)
