@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 
 from multitensor.kernels import reference
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor, QuantCache, make_cache
 
 pytestmark = pytest.mark.gpu
 
 # Relative errors: of one rounding to the type, times two or three.
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-ROUNDING = {HALF: 1e-3, BFLOAT: 5e-3, FLOAT: 2e-5}
+KVType = torch.dtype | Literal["q8", "q4"]
+# A quantised cache is compared by its numbers; queries, numbers and weights are rounded to float16.
+ROUNDING: dict[KVType, float] = {HALF: 1e-3, BFLOAT: 5e-3, FLOAT: 2e-5, "q8": 2e-3, "q4": 2e-3}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +38,37 @@ def poison(*shape: int, dtype: torch.dtype = FLOAT) -> torch.Tensor:
     return torch.full(shape, float("nan"), dtype=dtype, device="cuda")
 
 
+def poisoned_cache(kv_type: KVType, *shape: int) -> CacheTensor:
+    if isinstance(kv_type, torch.dtype):
+        return poison(*shape, dtype=kv_type)
+    cache = make_cache(kv_type, shape, torch.device("cuda"))  # type: ignore[arg-type]
+    assert isinstance(cache, QuantCache)
+    cache.scales.fill_(float("nan"))
+    return cache
+
+
+def numbers_of(cache: CacheTensor) -> torch.Tensor:
+    """float32 [slots, heads, D]"""
+    return (cache.dequantise() if isinstance(cache, QuantCache) else cache.float()).flatten(0, 1)
+
+
+def cloned(cache: CacheTensor) -> CacheTensor:
+    if isinstance(cache, QuantCache):
+        return replace(cache, codes=cache.codes.clone(), scales=cache.scales.clone())
+    return cache.clone()
+
+
 def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     assert not found.isnan().any()
     return ((found.double() - wanted.double()).norm() / wanted.double().norm()).item()
+
+
+def same_codes(one: QuantCache, other: QuantCache, slots: torch.Tensor) -> bool:
+    """Of some slots, but for one number in fifty that differs by a rounding."""
+    found, wanted = numbers_of(one)[slots], numbers_of(other)[slots]
+    assert not found.isnan().any()
+    codes = (one.codes.flatten(0, 1)[slots] == other.codes.flatten(0, 1)[slots]).float().mean()
+    return bool(codes >= 0.98) and relative_error(found, wanted) <= 2e-2
 
 
 def int32(values: Any) -> torch.Tensor:
@@ -52,7 +84,7 @@ class Paged:
         kv_heads: int,
         head_dim: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_type: KVType,
         window: int | None,
     ) -> None:
         lengths = [position + 1 for position in positions]
@@ -61,15 +93,15 @@ class Paged:
         width = max(blocks) + 2
         self.tables = np.full((len(positions), width), order[-1])  # the last block is nobody's
         shape = (sum(blocks) + 1, block_size, kv_heads, head_dim)
-        self.keys, self.values = poison(*shape, dtype=dtype), poison(*shape, dtype=dtype)
+        self.keys, self.values = poisoned_cache(kv_type, *shape), poisoned_cache(kv_type, *shape)
         used = 0
         for row, (count, length) in enumerate(zip(blocks, lengths, strict=True)):
             self.tables[row, :count] = order[used : used + count]
             used += count
             place = np.arange(0 if window is None else max(0, length - window), length)
             slots = torch.from_numpy(self.tables[row, place // block_size] * block_size + place % block_size).cuda()
-            for cache, seed in ((self.keys, 2 * row), (self.values, 2 * row + 1)):
-                cache.flatten(0, 1)[slots] = randn(len(place), kv_heads, head_dim, dtype=dtype, seed=seed + 10)
+            k, v = (randn(len(place), kv_heads, head_dim, seed=2 * row + i + 10) for i in range(2))
+            reference.write_kv(k, v, self.keys, self.values, slots)
         self.positions, self.block_size = positions, block_size
 
     def attention(
@@ -80,7 +112,7 @@ class Paged:
         contexts = [self.positions[row] for row in live]
         inputs = AttentionInputs.build([1] * len(live), contexts, self.tables[live], self.block_size, q.device)
         wanted = torch.zeros(q.shape, dtype=FLOAT, device="cuda")
-        keys, values = self.keys.float(), self.values.float()
+        keys, values = (numbers_of(cache).view(self.keys.shape) for cache in (self.keys, self.values))
         wanted[live] = reference.paged_attention(q[live].float(), keys, values, inputs, kv_map, scale, window, softcap)
         return wanted
 
@@ -111,18 +143,35 @@ LLAMA = [head // 8 for head in range(16)]
         (256, [0] * 4, [70000], BFLOAT, BFLOAT, None, None),
         (256, [0] * 9, MIXED, HALF, HALF, None, None),
         (256, [0, 0], MIXED, HALF, FLOAT, None, None),
+        (128, LLAMA, MIXED, HALF, "q8", None, None),
+        (128, LLAMA, MIXED, HALF, "q4", None, None),
+        (128, LLAMA, [40000], BFLOAT, "q8", None, None),
+        (128, LLAMA, [130000], HALF, "q4", None, None),
+        (128, LLAMA, [40000, 3, 20000, 900] * 2, HALF, "q8", None, None),
+        (128, [0] * 16 + [1] * 3, MIXED, HALF, "q8", None, None),
+        (128, [0] * 11, [9000], BFLOAT, "q4", 4000, None),
+        (64, [0, 0, 0, 1, 1, 1, 2, 2, 2], MIXED, BFLOAT, "q8", 100, None),
+        (64, [1, 0, 1, 1, 2], MIXED, HALF, "q4", None, None),
+        (96, [0, 0, 1, 1], MIXED, HALF, "q8", 17, 20.0),
+        (96, [0, 0, 1, 1], MIXED, HALF, "q4", None, None),
+        (256, [0] * 4, MIXED, BFLOAT, "q8", 512, 50.0),
+        (256, [0] * 4, MIXED, HALF, "q4", None, None),
     ],
 )
+@pytest.mark.parametrize("warps", [8, 16])
 def test_attention(
     kernels: Any,
     head_dim: int,
     kv_map: list[int],
     positions: list[int],
     dtype: torch.dtype,
-    kv_dtype: torch.dtype,
+    kv_dtype: KVType,
     window: int | None,
     softcap: float | None,
+    warps: int,
 ) -> None:
+    if warps == 16 and (head_dim > 128 or max(map(kv_map.count, kv_map)) > 8):
+        pytest.skip("too much shared memory")
     from multitensor.kernels.cuda.decode import DecodeAttention
 
     kv_heads, sequences, heads = max(kv_map) + 1, len(positions), len(kv_map)
@@ -141,6 +190,7 @@ def test_attention(
         scale=scale,
         window=window,
         softcap=softcap,
+        warps=warps,
     )
     attention._partials.fill_(float("nan"))
     attention._stats.fill_(float("nan"))
@@ -175,6 +225,12 @@ def test_attention(
         (128, 128, BFLOAT, BFLOAT, False, True),
         (128, 64, HALF, HALF, True, False),
         (256, 256, BFLOAT, BFLOAT, True, False),
+        (64, 64, HALF, "q8", False, False),
+        (64, 64, BFLOAT, "q4", True, True),
+        (96, 96, HALF, "q4", False, False),
+        (128, 64, HALF, "q8", True, False),
+        (128, 128, BFLOAT, "q4", False, True),
+        (256, 256, BFLOAT, "q8", True, False),
     ],
 )
 @pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64])
@@ -184,7 +240,7 @@ def test_rope_write_kv(
     head_dim: int,
     rotary: int,
     dtype: torch.dtype,
-    kv_dtype: torch.dtype,
+    kv_dtype: KVType,
     normed: bool,
     biased: bool,
     slot_dtype: torch.dtype,
@@ -199,7 +255,7 @@ def test_rope_write_kv(
     q_norm, k_norm = (randn(head_dim, seed=2), randn(head_dim, seed=3)) if normed else (None, None)
     angles = randn(512, rotary // 2, seed=4)
     cosines, sines = 1.1 * angles.cos(), 1.1 * angles.sin()
-    keys, values = (poison(4, 16, kv_heads, head_dim, dtype=kv_dtype) for _ in range(2))
+    keys, values = (poisoned_cache(kv_dtype, 4, 16, kv_heads, head_dim) for _ in range(2))
 
     x = qkv.float() if bias is None else qkv.float() + bias
     q, k, v = x.unflatten(1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
@@ -230,9 +286,16 @@ def test_rope_write_kv(
     assert relative_error(found[live][:, :heads], q[live]) <= ROUNDING[dtype] / 2
     assert torch.equal(changed[2], qkv[2])
     for cache, wanted in ((keys, k), (values, v)):
-        flat = cache.flatten(0, 1)
+        flat = numbers_of(cache)
         written = [slots[row] for row in live]
-        assert relative_error(flat[written], wanted[live]) <= ROUNDING[kv_dtype] / 2
+        if isinstance(cache, QuantCache):
+            other = poisoned_cache(kv_dtype, 4, 16, kv_heads, head_dim)
+            assert isinstance(other, QuantCache)
+            other.write(wanted[live].contiguous(), mapping[live].long())
+            # Sums are taken in another order, so a number near a boundary may fall on its other side.
+            assert same_codes(cache, other, mapping[live].long())
+        else:
+            assert relative_error(flat[written], wanted[live]) <= ROUNDING[kv_dtype] / 2
         others = [slot for slot in range(flat.shape[0]) if slot not in written]
         assert flat[others].isnan().all()
 
@@ -285,11 +348,16 @@ def test_argmax(kernels: Any, columns: int, sequences: int) -> None:
         (128, [0] * 12 + [1] * 3, BFLOAT, BFLOAT, True),
         (80, [0, 1, 0], HALF, FLOAT, True),
         (256, [0] * 4, BFLOAT, HALF, False),
+        (128, [head // 8 for head in range(16)], HALF, "q8", False),
+        (128, [0] * 12 + [1] * 3, BFLOAT, "q4", True),
+        (64, [0, 1, 0], HALF, "q4", True),
+        (96, [0, 1, 0], HALF, "q8", False),
+        (256, [0] * 4, BFLOAT, "q8", False),
     ],
 )
 @pytest.mark.parametrize("early", [False, True])
 def test_rope_and_attention_in_one_launch(
-    kernels: Any, head_dim: int, kv_map: list[int], dtype: torch.dtype, kv_dtype: torch.dtype, normed: bool, early: bool
+    kernels: Any, head_dim: int, kv_map: list[int], dtype: torch.dtype, kv_dtype: KVType, normed: bool, early: bool
 ) -> None:
     """The same as in two launches: bit for bit where the cache's type is the activations' own."""
     from multitensor.kernels.cuda.decode import DecodeAttention
@@ -299,8 +367,8 @@ def test_rope_and_attention_in_one_launch(
     slots = [table[p // 16] * 16 + p % 16 if p >= 0 else 0 for p, table in zip(positions, paged.tables, strict=True)]
     mapping = torch.tensor(slots, dtype=torch.int64, device="cuda")
     live = [row for row, position in enumerate(positions) if position >= 0]
-    for cache in (paged.keys, paged.values):
-        cache.flatten(0, 1)[mapping[live]] = float("nan")
+    nothing = poison(len(live), kv_heads, head_dim)
+    reference.write_kv(nothing, nothing, paged.keys, paged.values, mapping[live])
     attention = DecodeAttention(
         kernels, kv_map, kv_heads, head_dim, dtype, kv_dtype, 16, 8, scale=head_dim**-0.5, early=early
     )
@@ -310,7 +378,7 @@ def test_rope_and_attention_in_one_launch(
     norms: dict[str, Any] = (
         {"q_norm": randn(head_dim, seed=2), "k_norm": randn(head_dim, seed=3), "eps": 1e-6} if normed else {}
     )
-    caches = [(paged.keys.clone(), paged.values.clone()) for _ in range(2)]
+    caches = [(cloned(paged.keys), cloned(paged.values)) for _ in range(2)]
     outs = [poison(len(positions), heads * head_dim, dtype=dtype) for _ in range(2)]
     torch.cuda.synchronize()
     attention.rope_attend(qkv, *caches[0], at, tables, mapping, cosines, sines, outs[0], style="interleaved", **norms)
@@ -319,27 +387,31 @@ def test_rope_and_attention_in_one_launch(
     attention.attend(qkv, *caches[1], at, tables, outs[1])
     torch.cuda.synchronize()
     for one, two in zip(*caches, strict=True):
-        assert torch.equal(one.flatten(0, 1)[mapping[live]], two.flatten(0, 1)[mapping[live]])
-        assert torch.equal(one.isnan(), two.isnan())
+        if isinstance(one, QuantCache) and isinstance(two, QuantCache):
+            assert same_codes(one, two, mapping[live])
+        else:
+            assert torch.equal(numbers_of(one)[mapping[live]], numbers_of(two)[mapping[live]])
+        assert torch.equal(numbers_of(one).isnan(), numbers_of(two).isnan())
     assert (outs[0][3] == 0).all()
     if dtype == kv_dtype:
         assert torch.equal(*outs)
     else:
-        assert relative_error(*outs) <= ROUNDING[dtype]
+        assert relative_error(*outs) <= (ROUNDING[dtype] if isinstance(kv_dtype, torch.dtype) else 1e-2)
 
 
+@pytest.mark.parametrize("kv_type", [HALF, "q8", "q4"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_captured_step_follows_the_positions(kernels: Any, fused: bool) -> None:
+def test_a_captured_step_follows_the_positions(kernels: Any, fused: bool, kv_type: KVType) -> None:
     """Rope, cache writes and attention in one CUDA graph, overlapped; replayed for token after token."""
     from multitensor.kernels.cuda.decode import DecodeAttention
 
     kv_map, kv_heads, head_dim, block_size, steps = [0, 0, 1, 1], 2, 64, 16, 40
     attention = DecodeAttention(
-        kernels, kv_map, kv_heads, head_dim, HALF, HALF, block_size, 2, scale=0.125, min_keys=16
+        kernels, kv_map, kv_heads, head_dim, HALF, kv_type, block_size, 2, scale=0.125, min_keys=16
     )
     angles = randn(steps, head_dim // 2, seed=4)
     cosines, sines = angles.cos(), angles.sin()
-    keys, values = (poison(8, block_size, kv_heads, head_dim, dtype=HALF) for _ in range(2))
+    keys, values = (poisoned_cache(kv_type, 8, block_size, kv_heads, head_dim) for _ in range(2))
     tables = int32([[3, 1, 7], [0, 6, 2]])
     positions, slots = int32([0, 0]), torch.zeros(2, dtype=torch.int64, device="cuda")
     qkv, out = randn(2, 8 * head_dim, dtype=HALF), poison(2, 4 * head_dim, dtype=HALF)
@@ -368,5 +440,6 @@ def test_a_captured_step_follows_the_positions(kernels: Any, fused: bool) -> Non
         torch.cuda.synchronize()
         inputs = AttentionInputs.build([1, 1], at, tables.cpu().numpy(), block_size, qkv.device)
         q = reference.apply_rope(fresh[:, : 4 * head_dim].view(2, 4, head_dim).float(), cosines[at], sines[at], "half")
-        wanted = reference.paged_attention(q, keys.float(), values.float(), inputs, kv_map, 0.125)
-        assert relative_error(out, wanted.flatten(1)) <= 2e-3
+        floats = [numbers_of(cache).view(keys.shape) for cache in (keys, values)]
+        wanted = reference.paged_attention(q, floats[0], floats[1], inputs, kv_map, 0.125)
+        assert relative_error(out, wanted.flatten(1)) <= 2 * ROUNDING[kv_type]

@@ -11,9 +11,11 @@ from unittest.mock import patch
 
 import torch
 
+from multitensor.config import KV_GROUP
 from multitensor.formats.quant_types import QUANT_TYPES
+from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, reduce, small_batch
-from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels
+from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
 from multitensor.kernels.cuda.layer import LayerKernel
 from multitensor.kernels.cuda.matrix import TileKernels
@@ -113,13 +115,25 @@ def decode_requests(turn: int, every: bool) -> None:
     """Attention of the head sizes, with types and groups by turns; norms and argmax."""
     kernels = DecodeKernels(CPU)
     for number, head_dim in enumerate(HEAD_DIMS if every else HEAD_DIMS[turn % 2 :: 2]):
-        x_type, kv_type = HALVES[(turn + number) % 2], FLOATS[(turn + number // 2) % 3]
+        x_type, kv_type = HALVES[(turn + number) % 2], ("f16", "q8", "bf16", "q4", "f32")[(2 * turn + number) % 5]
+        if head_dim % KV_GROUP and kv_type in ("q8", "q4"):
+            kv_type = "f32"
         group = (1, 4, 16)[(turn + number) % 3]
+        cache = make_cache(kv_type, (1, 32, 1, head_dim), CPU)
         attention = DecodeAttention(
-            kernels, [0] * group, 1, head_dim, x_type, kv_type, 32, 1, scale=1.0, early=bool((turn + number) % 2)
+            kernels,
+            [0] * group,
+            1,
+            head_dim,
+            x_type,
+            cache_kind(cache),
+            32,
+            1,
+            scale=1.0,
+            early=bool((turn + number) % 2),
+            warps=16 if group <= 8 and head_dim <= 128 and number % 2 else 8,
         )
         qkv, out = torch.zeros(1, (group + 2) * head_dim, dtype=x_type), torch.zeros(1, group * head_dim, dtype=x_type)
-        cache = torch.zeros(1, 32, 1, head_dim, dtype=kv_type)
         places = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
         angles = torch.zeros(1, head_dim // 2)
         slots = torch.zeros(1, dtype=torch.int64)

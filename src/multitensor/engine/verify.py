@@ -73,7 +73,7 @@ def tolerance(config: EngineConfig, plan: Plan, *, rounded: bool) -> Tolerance:
     """
     base = _tolerance(config, plan, rounded=rounded)
     if plan.kv_type == "q8":
-        return Tolerance(layer=max(base.layer, 4e-1), kl=base.kl + 1e-3)
+        return Tolerance(layer=max(base.layer, 4e-1), kl=base.kl + 5e-3)
     if plan.kv_type == "q4":
         return Tolerance(layer=3.0, kl=base.kl + 2e-1)
     return base

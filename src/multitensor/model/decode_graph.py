@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from multitensor.config import KV_GROUP
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
-from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention
+from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention, cache_kind
+from multitensor.kernels.cuda.sample import GreedySampler
+from multitensor.kernels.cuda.tiles import TiledTensor
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder, DecoderLayer
 from multitensor.model.fused_layers import FusedLayers
@@ -32,8 +35,8 @@ def can_capture(plan: Plan) -> bool:
         whole
         and all(rank.device.kind == "cuda" for rank in plan.ranks)
         and plan.dtype in ("float16", "bfloat16")
-        and plan.kv_type in ("f32", "f16", "bf16")
         and spec.head_dim in HEAD_DIMS
+        and (plan.kv_type not in ("q8", "q4") or spec.head_dim % KV_GROUP == 0)
         and plan.block_size % KEY_TILE == 0
         and spec.hidden_size % 4 == 0
         and spec.hidden_size <= MAX_HIDDEN
@@ -63,8 +66,9 @@ class DecodeGraphs:
         slots: np.ndarray,
         context_lens: np.ndarray,
         block_tables: np.ndarray,
-    ) -> torch.Tensor:
-        """One new token for each of S <= 64 sequences -> float32 logits [S, vocabulary], valid until the next run.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One new token for each of S <= 64 sequences -> float32 logits [S, vocabulary], and int64 [S], the likeliest
+        token of each, which its slot has sampled last unless something else is sampled; both valid until the next run.
 
         token_ids: int [S], -1 for what the slot sampled last. slots, context_lens: int [S]. block_tables: int [S, B].
         """
@@ -75,7 +79,8 @@ class DecodeGraphs:
             graph.capture(self._pool)
             self._pool = self._pool or graph.pool
             self._graphs[bucket] = graph
-        return self._graphs[bucket].run(token_ids, slots, context_lens, block_tables)[:count]
+        graph = self._graphs[bucket]
+        return graph.run(token_ids, slots, context_lens, block_tables)[:count], graph.greedy.ids[:count]
 
 
 class _DecodeGraph:
@@ -118,7 +123,7 @@ class _DecodeGraph:
                     own.kv_heads.size,
                     spec.head_dim,
                     self.dtype,
-                    caches[0][0].dtype,
+                    cache_kind(caches[0][0]),
                     plan.block_size,
                     sequences,
                     scale=spec.attention_scale,
@@ -127,6 +132,7 @@ class _DecodeGraph:
                 )
         self.fused = FusedLayers.make(decoder, plan, rank, kernels, group, sequences)
         self._count = 0  # of steps, modulo 3
+        self.greedy = GreedySampler(sequences, self.device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: torch.Tensor | None = None
 
@@ -168,11 +174,16 @@ class _DecodeGraph:
         return self.logits
 
     def _forward(self) -> torch.Tensor:
-        decoder = self.decoder
-        ids = torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long())
-        residual, hidden = self._embed(ids)
+        residual, hidden = self._embed()
         if self.fused is not None:
-            return self._fused_forward(self.fused, residual, hidden)
+            logits = self._fused_forward(self.fused, residual, hidden)
+        else:
+            logits = self._layers(residual, hidden)
+        self.greedy.run(logits, self.positions, self.slots, self.last_tokens)
+        return logits
+
+    def _layers(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        decoder = self.decoder
         reduce = self.group.reduce_add_norm_into
         for layer, cache in zip(decoder.layers, self.caches, strict=True):
             partial = self._attend(layer, hidden, cache)
@@ -181,10 +192,20 @@ class _DecodeGraph:
             reduce(partial, residual, layer.next_norm, layer.eps, hidden, layer.post_ffn_norm)
         return decoder.logits(hidden)
 
-    def _embed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _embed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(residual stream, first layer's input), each [S, hidden]. The embedding is a sum over ranks like any."""
-        decoder = self.decoder
-        partial = decoder.embedding.partial(ids)
+        decoder, embedding = self.decoder, self.decoder.embedding
+        if isinstance(embedding.weight, TiledTensor):
+            partial = self.kernels.tile_kernels.embed(
+                embedding.weight,
+                self.ids,
+                self.slots,
+                self.last_tokens,
+                first=embedding.rows.start,
+                scale=embedding.scale,
+            )
+        else:
+            partial = embedding.partial(torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long()))
         hidden = torch.empty_like(partial, dtype=self.dtype)
         weight = decoder.layers[0].first_norm
         if self.group.size == 1:
@@ -214,20 +235,21 @@ class _DecodeGraph:
         block = layer.attention
         decode = self._attention[block.window]
         rope = self.decoder.ropes[block.rope]
-        decode.rope_write_kv(
+        mixed = torch.empty((self.sequences, block.n_heads * block.head_dim), dtype=self.dtype, device=self.device)
+        decode.rope_attend(
             qkv,
             *cache,
             self.positions,
+            self.tables,
             self.cache_slots,
             rope.cos,
             rope.sin,
+            mixed,
             style=block.rope_style,
             q_norm=block.q_norm,
             k_norm=block.k_norm,
             eps=block.eps,
         )
-        mixed = torch.empty((self.sequences, block.n_heads * block.head_dim), dtype=self.dtype, device=self.device)
-        decode.attend(qkv, *cache, self.positions, self.tables, mixed)
         return mixed
 
     def _feed_forward(self, layer: DecoderLayer, hidden: torch.Tensor) -> torch.Tensor:

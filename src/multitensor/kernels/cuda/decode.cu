@@ -10,7 +10,7 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-enum { HALF, BFLOAT, FLOAT };
+enum { HALF, BFLOAT, FLOAT, Q8, Q4 };
 constexpr u32 ALL_LANES = 0xffffffffu;
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
@@ -85,12 +85,79 @@ __device__ __forceinline__ float warp_sum(float v) {
     for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(ALL_LANES, v, step);
     return v;
 }
+// NaN only where all lanes are.
+__device__ __forceinline__ float warp_max(float v) {
+#pragma unroll
+    for (int step = 16; step; step >>= 1) v = fmaxf(v, __shfl_xor_sync(ALL_LANES, v, step));
+    return v;
+}
 
 #if defined(HEAD_DIM)
 // ---- rotary embedding, per-head norms, and the new token's key and value into the cache ----
 //
 // Defines: X_KIND, KV_KIND, HEAD_DIM, BLOCK_SIZE, HEAD_TILES, NWARPS, MIN_BLOCKS, SLOT (type of slot_mapping), EARLY (whether
 // positions, tables and older keys may be read before the wait).
+
+// ---- the quantised cache: see kernels/cache_tensor.py for its layout and rounding ----
+
+constexpr bool QUANT = KV_KIND >= Q8;
+constexpr int GROUP = 32, GROUPS = (HEAD_DIM + GROUP - 1) / GROUP;
+constexpr int CODE_BYTES = KV_KIND == Q4 ? HEAD_DIM / 2 : HEAD_DIM;  // of a head
+constexpr bool SWAPPED = HEAD_DIM % 64 == 0;                         // q4: words 0, 4, 1, 5, 2, 6, 3, 7 of each 64 numbers
+static_assert(!QUANT || HEAD_DIM % GROUP == 0, "whole groups");
+
+// Into the range of float16; NaN stays.
+__device__ __forceinline__ float held(float v) { return v > 65504.f ? 65504.f : v < -65504.f ? -65504.f : v; }
+
+// 32 numbers, one a lane, times the Hadamard matrix.
+__device__ __forceinline__ float turned(float v) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+        const float other = __shfl_xor_sync(ALL_LANES, v, step);
+        v = lane & step ? other - v : v + other;
+    }
+    return v * 0.17677669529663687f;
+}
+
+// Where the word (eight numbers) `word` of a head lies in q4.
+__device__ __forceinline__ int word_at(int word) { return SWAPPED ? (word & ~7) + 2 * (word & 3) + ((word >> 2) & 1) : word; }
+
+// A head of one token, numbers[HEAD_DIM], by one warp: to codes, CODE_BYTES from `codes` on, and scales, GROUPS.
+__device__ __forceinline__ void quantise(const float* numbers, unsigned char* codes, u16* scales) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+        const float v = turned(held(numbers[GROUP * group + lane]));
+        float extreme;
+        if constexpr (KV_KIND == Q8) {
+            extreme = warp_max(fabsf(v)) * (1.f / 127.f);
+        } else {
+            const float most = warp_max(v), least = -warp_max(-v);
+            extreme = (most >= -least ? most : least) * -0.125f;
+        }
+        const u16 scale = to_bits<HALF>(extreme);
+        const float step = to_float<HALF>(scale);
+        const float code = step == 0.f ? 0.f : rintf(v / step);
+        if constexpr (KV_KIND == Q8) {
+            codes[GROUP * group + lane] = (unsigned char)(signed char)(int)fminf(fmaxf(code, -127.f), 127.f);
+        } else {
+            // Number 2 i of eight in nibble i, number 2 i + 1 in nibble i + 4.
+            const int place = lane & 7, nibble = (place >> 1) + 4 * (place & 1);
+            u32 word = (u32)((int)fminf(fmaxf(code, -8.f), 7.f) + 8) << (4 * nibble);
+#pragma unroll
+            for (int near = 1; near < 8; near <<= 1) word |= __shfl_xor_sync(ALL_LANES, word, near);
+            if (place == 0) ((u32*)codes)[word_at(4 * group + (lane >> 3))] = word;
+        }
+        if (lane == 0) scales[group] = scale;
+    }
+}
+
+// Where a KV head of a slot has its codes and its scales.
+__device__ __forceinline__ size_t code_at(size_t slot, int kv_heads, int kv_head) { return (slot * kv_heads + kv_head) * CODE_BYTES; }
+__device__ __forceinline__ size_t scale_at(size_t slot, int kv_heads, int kv_head) {
+    return (((slot / BLOCK_SIZE) * kv_heads + kv_head) * BLOCK_SIZE + slot % BLOCK_SIZE) * GROUPS;
+}
 
 // bias: of a whole row; q_norm, k_norm: of a head; each float32 or null. cosines, sines: [positions][half].
 // interleaved: rotates numbers (2i, 2i + 1) of a head, else (i, i + half).
@@ -145,13 +212,14 @@ __device__ __forceinline__ void turn_head(const Rope& rope, const void* qkv, siz
     }
 }
 
-// qkv [S][query_heads + 2 kv_heads][HEAD_DIM]; q is overwritten, k and v go to the caches [slots][kv_heads][HEAD_DIM].
-// A warp takes a head.
+// qkv [S][query_heads + 2 kv_heads][HEAD_DIM]; q is overwritten, k and v go to the caches [slots][kv_heads][HEAD_DIM], or
+// to their codes and scales. A warp takes a head.
 extern "C" __global__ void __launch_bounds__(128)
     rope_write_kv(void* qkv, const float* __restrict__ bias, const float* __restrict__ q_norm, const float* __restrict__ k_norm,
                   float eps, const float* __restrict__ cosines, const float* __restrict__ sines, int half_rotary,
                   int interleaved, const int* positions, const SLOT* slot_mapping, void* k_cache, void* v_cache,
-                  int query_heads, int kv_heads) {
+                  u16* k_scales, u16* v_scales, int query_heads, int kv_heads) {
+    __shared__ float staged[QUANT ? 4 : 1][QUANT ? HEAD_DIM : 1];
     let_next_kernel_start();
     const int head = blockIdx.x * 4 + (threadIdx.x >> 5), s = blockIdx.y, heads = query_heads + 2 * kv_heads;
     if (head >= heads) return;
@@ -165,9 +233,20 @@ extern "C" __global__ void __launch_bounds__(128)
         return;
     }
     const bool is_value = head >= query_heads + kv_heads;
-    const size_t cached = ((size_t)slot_mapping[s] * kv_heads + (head - query_heads - (is_value ? kv_heads : 0))) * HEAD_DIM;
-    turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position,
-              [&](int dim, float v) { store<KV_KIND>(is_value ? v_cache : k_cache, cached + dim, v); });
+    const int kv_head = head - query_heads - (is_value ? kv_heads : 0);
+    const size_t slot = slot_mapping[s];
+    void* to = is_value ? v_cache : k_cache;
+    if constexpr (QUANT) {
+        float* numbers = staged[threadIdx.x >> 5];
+        turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position, [&](int dim, float v) { numbers[dim] = v; });
+        __syncwarp();
+        quantise(numbers, (unsigned char*)to + code_at(slot, kv_heads, kv_head),
+                 (is_value ? v_scales : k_scales) + scale_at(slot, kv_heads, kv_head));
+    } else {
+        const size_t cached = (slot * kv_heads + kv_head) * HEAD_DIM;
+        turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position,
+                  [&](int dim, float v) { store<KV_KIND>(to, cached + dim, v); });
+    }
 }
 
 // ---- attention over the paged cache ----
@@ -181,6 +260,8 @@ extern "C" __global__ void __launch_bounds__(128)
 //     agree, so a lane's fragments are 16 contiguous bytes;
 //   out[16 dims][8 heads] += V transposed (A operand; two keys' numbers interleaved in registers) x weights (B operand:
 //     the scores' fragment transposed by movmatrix).
+// Quantised: codes become float16 whole numbers in registers. A key's scale multiplies the products of its group of 32
+// numbers in float32; a value's multiplies its numbers. Queries are turned as the keys were, results turned back.
 
 constexpr int WARPS = NWARPS, THREADS = WARPS * 32;
 constexpr int D = HEAD_DIM, HEADS = 8 * HEAD_TILES, KEYS = 16;
@@ -272,16 +353,17 @@ __device__ __forceinline__ bool find_unit(const int* positions, int sequences, i
 
 struct Cache {
     const void *keys, *values;
+    const u16 *key_scales, *value_scales;
     const int* table;  // of the sequence
     int kv_heads, kv_head;
-    // Index of the first number of the first key of a tile of 16 that lies in the given block.
-    __device__ __forceinline__ size_t at(int block, int tile) const {
-        return (((size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE) * kv_heads + kv_head) * D;
-    }
+    // Slot of the first key of a tile of 16 that lies in the given block.
+    __device__ __forceinline__ size_t slot(int block, int tile) const { return (size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE; }
+    // Index of the first number of a tile's first key.
+    __device__ __forceinline__ size_t at(int block, int tile) const { return (slot(block, tile) * kv_heads + kv_head) * D; }
     __device__ __forceinline__ int block(int tile) const { return __ldcg(table + tile * KEYS / BLOCK_SIZE); }
 };
 
-#if KV_KIND != 2 && (KV_KIND == 0 || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+#if KV_KIND != 2 && (KV_KIND != 1 || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
 #define TENSOR_CORES 1
 #else
 #define TENSOR_CORES 0
@@ -290,10 +372,11 @@ struct Cache {
 #if TENSOR_CORES
 constexpr int CHUNKS = (D + 31) / 32;   // of a key: a lane holds 8 numbers of each
 constexpr int PANELS = (D + 63) / 64;   // of a value: a lane holds 8 numbers of each
+constexpr int MMA_KIND = QUANT ? HALF : KV_KIND;
 
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-    if (KV_KIND == BFLOAT)
+    if (MMA_KIND == BFLOAT)
         asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
             : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -318,21 +401,77 @@ __device__ __forceinline__ u32 transpose(u32 v) {
 }
 __device__ __forceinline__ u32 word(const uint4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
-// Eight numbers of the cache as 16-bit numbers. Narrower types of cache would be widened here.
-__device__ __forceinline__ uint4 eight(const void* cache, size_t at, bool ok) {
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (ok) v = __ldcg((const uint4*)((const u16*)cache + at));
-    return v;
+#if KV_KIND == 3
+typedef uint2 Eight;  // eight numbers of the cache
+#elif KV_KIND == 4
+typedef u32 Eight;
+#else
+typedef uint4 Eight;
+#endif
+
+__device__ __forceinline__ u32 half2_sub(u32 a, u32 b) {
+    u32 r;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
 }
-// Eight numbers of a query in the cache's type.
+__device__ __forceinline__ u32 half2_mul(u32 a, u32 b) {
+    u32 r;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+__device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+
+// Numbers 2 i and 2 i + 1 of eight as 16-bit numbers, codes as whole ones (exactly): the bits of an integer below 1024
+// ored into the float16 1024.
+__device__ __forceinline__ u32 pair(const uint4& v, int i) { return word(v, i); }
+__device__ __forceinline__ u32 pair(const uint2& v, int i) {
+    const u32 shifted = (i < 2 ? v.x : v.y) ^ 0x80808080u;  // + 128
+    return half2_sub(__byte_perm(shifted, 0x64646464u, i & 1 ? 0x4342 : 0x4140), 0x64806480u);  // - 1152
+}
+__device__ __forceinline__ u32 pair(const u32& v, int i) {
+    const u32 nibbles = i < 2 ? v : v >> 8;
+    if (i & 1) return half2_fma((nibbles & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+    return half2_sub((nibbles & 0x000f000fu) | 0x64006400u, 0x64086408u);                          // - 1032
+}
+
+// The scales of one KV head of one key: two a word.
+struct Scales {
+    u32 of[PANELS];
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int i = 0; i < PANELS; i++) of[i] = 0;
+    }
+    __device__ __forceinline__ void load(const u16* at) {
+        if constexpr (GROUPS == 8) {
+            const uint4 v = __ldcg((const uint4*)at);
+            of[0] = v.x, of[PANELS > 1] = v.y, of[PANELS > 2 ? 2 : 0] = v.z, of[PANELS > 3 ? 3 : 0] = v.w;
+        } else if constexpr (GROUPS == 4) {
+            const uint2 v = __ldcg((const uint2*)at);
+            of[0] = v.x, of[PANELS > 1] = v.y;
+        } else if constexpr (GROUPS == 2) {
+            of[0] = __ldcg((const u32*)at);
+        } else {
+#pragma unroll
+            for (int i = 0; i < PANELS; i++)
+                of[i] = __ldcg(at + 2 * i) | (2 * i + 1 < GROUPS ? (u32)__ldcg(at + (2 * i + 1 < GROUPS ? 2 * i + 1 : 0)) << 16 : 0u);
+        }
+    }
+    __device__ __forceinline__ float one(int group) const { return to_float<HALF>((u16)(of[group >> 1] >> (16 * (group & 1)))); }
+};
+
+// Eight numbers of a query as the products take them.
 __device__ __forceinline__ uint4 query_eight(const void* q, size_t at) {
     uint4 v;
-    if constexpr (X_KIND == KV_KIND) {
+    if constexpr (X_KIND == MMA_KIND) {
         v = *(const uint4*)((const u16*)q + at);
     } else {
         u32 w[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) w[i] = pack<KV_KIND>(load<X_KIND>(q, at + 2 * i), load<X_KIND>(q, at + 2 * i + 1));
+        for (int i = 0; i < 4; i++) w[i] = pack<MMA_KIND>(load<X_KIND>(q, at + 2 * i), load<X_KIND>(q, at + 2 * i + 1));
         v = make_uint4(w[0], w[1], w[2], w[3]);
     }
     return v;
@@ -351,7 +490,16 @@ struct Sums {
             for (int i = threadIdx.x; i < HEAD_TILES * CHUNKS * 32; i += THREADS) (&of[0][0][0])[i] = make_uint4(0, 0, 0, 0);
         }
         __device__ __forceinline__ void put(int head, int dim, float v) {
-            ((u16*)&of[head >> 3][dim >> 5][(head & 7) * 4 + ((dim >> 3) & 3)])[dim & 7] = to_bits<KV_KIND>(v);
+            ((u16*)&of[head >> 3][dim >> 5][(head & 7) * 4 + ((dim >> 3) & 3)])[dim & 7] = to_bits<MMA_KIND>(v);
+        }
+        // A head by one warp, turned; number(dim) gives its numbers.
+        template <class Number>
+        __device__ __forceinline__ void put_turned(int head, Number number) {
+#pragma unroll
+            for (int group = 0; group < GROUPS; group++) {
+                const int dim = GROUP * group + (threadIdx.x & 31);
+                put(head, dim, held(turned(number(dim))));
+            }
         }
         // Eight numbers at a time; what no head or dim fills is zero.
         __device__ __forceinline__ void take(const void* q, size_t at, int heads) {
@@ -363,6 +511,35 @@ struct Sums {
             }
         }
     };
+
+    template <class T>
+    static __device__ __forceinline__ T fetch(const void* at, bool ok) {
+        T v = {};
+        if (ok) v = __ldcg((const T*)at);
+        return v;
+    }
+    // One slot's codes, through fetch_codes(first byte), and its scales; nothing of it where not ok.
+    template <class Fetch>
+    static __device__ __forceinline__ void load_codes(const Cache& cache, const void* codes, const u16* scales, size_t slot, bool ok, Scales& to,
+                                                      Fetch fetch_codes) {
+        to.clear();
+        if (ok) to.load(scales + scale_at(slot, cache.kv_heads, cache.kv_head));
+        fetch_codes((const unsigned char*)codes + code_at(slot, cache.kv_heads, cache.kv_head));
+    }
+    // Lane c's eight numbers of each chunk of a key.
+    static __device__ __forceinline__ void key_codes(const unsigned char* codes, int c, bool ok, Eight (&k)[CHUNKS]) {
+#if KV_KIND == 4 && HEAD_DIM % 64 == 0  // those of two chunks lie together
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j += 2) {
+            const uint2 both = fetch<uint2>(codes + 16 * j + 8 * c, ok);
+            k[j] = both.x;
+            k[j + 1] = both.y;
+        }
+#else
+#pragma unroll
+        for (int j = 0; j < CHUNKS; j++) k[j] = fetch<Eight>(codes + (int)sizeof(Eight) * (4 * j + c), ok);
+#endif
+    }
 
     // prepare(): waits for the kernel before and fills the queries (ends with the block in step).
     template <class Prepare>
@@ -381,27 +558,44 @@ struct Sums {
             total[n][0] = total[n][1] = 0.f;
         }
         const size_t stride = (size_t)cache.kv_heads * D;
-        uint4 k[2][CHUNKS], v[4][PANELS];
+        Eight k[2][CHUNKS], v[4][PANELS];
+        Scales key_scales[2], value_scales[4];
         auto load_keys = [&](int t, int in) {
-            const size_t at = cache.at(in, t) + g * stride + 8 * c;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int key = t * KEYS + g + 8 * r;
+                const int row = g + 8 * r, key = t * KEYS + row;
                 const bool ok = key >= unit.first && key < unit.end;
+                if constexpr (QUANT) {
+                    load_codes(cache, cache.keys, cache.key_scales, cache.slot(in, t) + row, ok, key_scales[r], [&](const unsigned char* codes) {
+                        key_codes(codes, c, ok, k[r]);
+                    });
+                } else {
+                    const size_t at = cache.at(in, t) + row * stride + 8 * c;
 #pragma unroll
-                for (int j = 0; j < CHUNKS; j++)
-                    k[r][j] = eight(cache.keys, at + 8 * r * stride + 32 * j, ok && (D % 32 == 0 || 32 * j + 8 * c < D));
+                    for (int j = 0; j < CHUNKS; j++)
+                        k[r][j] = fetch<Eight>((const u16*)cache.keys + at + 32 * j, ok && (D % 32 == 0 || 32 * j + 8 * c < D));
+                }
             }
         };
         auto load_values = [&](int t, int in) {
-            const size_t at = cache.at(in, t) + 2 * c * stride + 8 * g;
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const int row = (r & 1) + 8 * (r >> 1), key = t * KEYS + 2 * c + row;
+                const int row = 2 * c + (r & 1) + 8 * (r >> 1), key = t * KEYS + row;
                 const bool ok = key >= unit.first && key < unit.end;
+                if constexpr (QUANT) {
+                    load_codes(cache, cache.values, cache.value_scales, cache.slot(in, t) + row, ok, value_scales[r],
+                               [&](const unsigned char* codes) {
 #pragma unroll
-                for (int h = 0; h < PANELS; h++)
-                    v[r][h] = eight(cache.values, at + row * stride + 64 * h, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+                                   for (int h = 0; h < PANELS; h++)
+                                       v[r][h] = fetch<Eight>(codes + (int)sizeof(Eight) * (KV_KIND == Q4 ? word_at(8 * h + g) : 8 * h + g),
+                                                              ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+                               });
+                } else {
+                    const size_t at = cache.at(in, t) + row * stride + 8 * g;
+#pragma unroll
+                    for (int h = 0; h < PANELS; h++)
+                        v[r][h] = fetch<Eight>((const u16*)cache.values + at + 64 * h, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+                }
             }
         };
         // What this step does not write is fetched before the kernel before is done.
@@ -420,13 +614,28 @@ struct Sums {
         for (; tile < last; tile += WARPS) {
             float s[HEAD_TILES][4];
 #pragma unroll
-            for (int n = 0; n < HEAD_TILES; n++) {
-                s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+            for (int n = 0; n < HEAD_TILES; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
 #pragma unroll
-                for (int j = 0; j < CHUNKS; j++) {
+            for (int j = 0; j < CHUNKS; j++) {
+                u32 a[2][4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    a[0][i] = pair(k[0][j], i);
+                    a[1][i] = pair(k[1][j], i);
+                }
+#pragma unroll
+                for (int n = 0; n < HEAD_TILES; n++) {
                     const uint4 b = queries.of[n][j][lane];
-                    mma(s[n], k[0][j].x, k[1][j].x, k[0][j].y, k[1][j].y, b.x, b.y);
-                    mma(s[n], k[0][j].z, k[1][j].z, k[0][j].w, k[1][j].w, b.z, b.w);
+                    if constexpr (QUANT) {
+                        float whole[4] = {0.f, 0.f, 0.f, 0.f};
+                        mma(whole, a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                        mma(whole, a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+#pragma unroll
+                        for (int e = 0; e < 4; e++) s[n][e] += whole[e] * key_scales[e >> 1].one(j);
+                    } else {
+                        mma(s[n], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                        mma(s[n], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+                    }
                 }
             }
             // The keys' registers are free: fetch the next tile's while this one goes on.
@@ -439,15 +648,25 @@ struct Sums {
 #pragma unroll
             for (int n = 0; n < HEAD_TILES; n++) weigh(s[n], seen, scale, softcap, n, weights[n]);
 #pragma unroll
-            for (int h = 0; h < PANELS; h++)
+            for (int h = 0; h < PANELS; h++) {
+                u32 steps[4];  // the scale of each key's numbers, twice: group 2 h or 2 h + 1
+                if constexpr (QUANT)
+#pragma unroll
+                    for (int r = 0; r < 4; r++) steps[r] = __byte_perm(value_scales[r].of[h], 0, g >= 4 ? 0x3232 : 0x1010);
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-                    const u32 w0 = word(v[0][h], u), w1 = word(v[1][h], u), w2 = word(v[2][h], u), w3 = word(v[3][h], u);
-                    const u32 a0 = __byte_perm(w0, w1, 0x5410), a1 = __byte_perm(w0, w1, 0x7632);
-                    const u32 a2 = __byte_perm(w2, w3, 0x5410), a3 = __byte_perm(w2, w3, 0x7632);
+                    u32 w[4];
+#pragma unroll
+                    for (int r = 0; r < 4; r++) {
+                        w[r] = pair(v[r][h], u);
+                        if constexpr (QUANT) w[r] = half2_mul(w[r], steps[r]);
+                    }
+                    const u32 a0 = __byte_perm(w[0], w[1], 0x5410), a1 = __byte_perm(w[0], w[1], 0x7632);
+                    const u32 a2 = __byte_perm(w[2], w[3], 0x5410), a3 = __byte_perm(w[2], w[3], 0x7632);
 #pragma unroll
                     for (int n = 0; n < HEAD_TILES; n++) mma(out[n][h * 4 + u], a0, a1, a2, a3, weights[n][0], weights[n][1]);
                 }
+            }
             if (next < last) load_values(next, next_block);
         }
 #pragma unroll
@@ -482,8 +701,8 @@ struct Sums {
             s[e] = exp2_fast(s[e] - most[n][e & 1]);
             total[n][e & 1] += s[e];
         }
-        weights[0] = transpose(pack<KV_KIND>(s[0], s[1]));
-        weights[1] = transpose(pack<KV_KIND>(s[2], s[3]));
+        weights[0] = transpose(pack<MMA_KIND>(s[0], s[1]));
+        weights[1] = transpose(pack<MMA_KIND>(s[2], s[3]));
     }
     __device__ __forceinline__ void scale_head(int n, int e, float factor) {
         total[n][e] *= factor;
@@ -627,6 +846,28 @@ struct Sums {
 };
 #endif
 
+// Four numbers of a result, from dim `4 * (lane % 8)` of a group of 32 on, turned back where the values were turned. The
+// eight lanes of a group do it together.
+__device__ __forceinline__ float4 turned_back(float4 v) {
+    if constexpr (QUANT) {
+        const int lane = threadIdx.x & 31;
+        const u32 together = 0xffu << (lane & 24);
+        const float4 a = make_float4(v.x + v.y, v.x - v.y, v.z + v.w, v.z - v.w);
+        v = make_float4(a.x + a.z, a.y + a.w, a.x - a.z, a.y - a.w);
+#pragma unroll
+        for (int step = 1; step < 8; step <<= 1) {
+            const float sign = lane & step ? -1.f : 1.f;
+            v.x = sign * v.x + __shfl_xor_sync(together, v.x, step);
+            v.y = sign * v.y + __shfl_xor_sync(together, v.y, step);
+            v.z = sign * v.z + __shfl_xor_sync(together, v.z, step);
+            v.w = sign * v.w + __shfl_xor_sync(together, v.w, step);
+        }
+        constexpr float size = 0.17677669529663687f;
+        v = make_float4(v.x * size, v.y * size, v.z * size, v.w * size);
+    }
+    return v;
+}
+
 // Adds up the units of one sequence and job: partials[unit][jobs][HEADS][D], stats[unit][jobs][HEADS] (maximum, sum of
 // weights) from unit `first_unit` on.
 __device__ __forceinline__ void combine(const float* partials, const float2* stats, int first_unit, int count, int heads, void* out, size_t out_at) {
@@ -665,7 +906,7 @@ __device__ __forceinline__ void combine(const float* partials, const float2* sta
             }
         }
         const float inverse = 1.f / total;
-        store4<X_KIND>(out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+        store4<X_KIND>(out, out_at + e, turned_back(make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse)));
     }
 }
 
@@ -675,6 +916,7 @@ struct Attention {
     const void* q;
     int q_stride;
     void *keys, *values;
+    u16 *key_scales, *value_scales;  // null where the cache is not quantised
     const int *jobs, *positions, *block_tables;
     int table_width, sequences, kv_heads, query_heads;
     float scale, softcap;
@@ -684,6 +926,36 @@ struct Attention {
     float2* stats;
     u32* counters;
 };
+
+// What the queries and the new token need where the cache is quantised: turned queries, rotated first where ROPE, and
+// then also codes and scales of the new key and value, by the blocks whose unit has them. numbers[D]: the warp's own.
+template <bool ROPE>
+__device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope& rope, const SLOT* slot_mapping, const Unit& unit, int kv_head,
+                                                  int first_head, int heads, float* numbers, Sums::Queries& queries) {
+    const int warp = threadIdx.x >> 5, new_heads = ROPE && unit.has_new() ? 2 : 0;
+    const size_t row = (size_t)unit.sequence * a.q_stride;
+    if (ROPE && unit.position < 0) return;
+    for (int i = warp; i < heads + new_heads; i += WARPS) {
+        const int query = i - new_heads;
+        if (!ROPE) {
+            queries.put_turned(query, [&](int dim) { return load<X_KIND>(a.q, row + (first_head + query) * D + dim); });
+            continue;
+        }
+        const int head = query >= 0 ? first_head + query : a.query_heads + i * a.kv_heads + kv_head;
+        const bool is_value = query < 0 && i == 1;
+        const float* norm = query >= 0 ? rope.q_norm : is_value ? nullptr : rope.k_norm;
+        turn_head(rope, a.q, row + head * D, head, norm, !is_value, unit.position, [&](int dim, float v) { numbers[dim] = v; });
+        __syncwarp();
+        if (query >= 0) {
+            queries.put_turned(query, [&](int dim) { return numbers[dim]; });
+        } else {
+            const size_t slot = __ldcg(slot_mapping + unit.sequence);
+            quantise(numbers, (unsigned char*)(is_value ? a.values : a.keys) + code_at(slot, a.kv_heads, kv_head),
+                     (is_value ? a.value_scales : a.key_scales) + scale_at(slot, a.kv_heads, kv_head));
+        }
+        __syncwarp();
+    }
+}
 
 // ROPE: q are rows of qkv as they leave their projection. Each block turns its own queries; the blocks whose unit has the
 // new token put its key and value into the cache first (all of a KV head the same bits).
@@ -702,15 +974,18 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     if (!find_unit(a.positions, a.sequences, a.window, a.target, a.min_keys, unit)) return;
     const int warp = threadIdx.x >> 5;
     const size_t out_at = ((size_t)unit.sequence * a.query_heads + first_head) * D, row = (size_t)unit.sequence * a.q_stride;
-    const Cache cache = {a.keys, a.values, a.block_tables + (size_t)unit.sequence * a.table_width, a.kv_heads, kv_head};
-    if (ROPE) {
+    const int* table = a.block_tables + (size_t)unit.sequence * a.table_width;
+    const Cache cache = {a.keys, a.values, a.key_scales, a.value_scales, table, a.kv_heads, kv_head};
+    if (ROPE || QUANT) {
         queries.clear();
         __syncthreads();
     }
     Sums sums;
     sums.run(unit, cache, queries, a.scale, a.softcap, [&]() {
         wait_for_previous_kernel();
-        if (!ROPE) {
+        if constexpr (QUANT) {
+            turn_and_quantise<ROPE>(a, rope, slot_mapping, unit, kv_head, first_head, heads, &parts[0][0] + warp * D, queries);
+        } else if (!ROPE) {
             queries.take(a.q, row + first_head * D, heads);
         } else if (unit.position >= 0) {
             const int new_heads = unit.has_new() ? 2 : 0;
@@ -765,7 +1040,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
         }
         if (unit.count == 1) {
             const float l = total[e / D], inverse = l > 0.f ? 1.f / l : 0.f;
-            store4<X_KIND>(a.out, out_at + e, make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse));
+            store4<X_KIND>(a.out, out_at + e, turned_back(make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse)));
         } else {
             __stcg((float4*)(a.partials + mine * D + e), sum);
         }
@@ -785,11 +1060,11 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
 }
 
 #define ATTENTION_PARAMETERS                                                                                                 \
-    const void *q, int q_stride, void *keys, void *values, const int *__restrict__ jobs, const int *positions,               \
+    const void *q, int q_stride, void *keys, void *values, u16 *key_scales, u16 *value_scales, const int *__restrict__ jobs, const int *positions, \
         const int *block_tables, int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap,  \
         int window, int target, int min_keys, void *out, float *partials, float2 *stats, u32 *counters
 #define ATTENTION_ARGUMENTS                                                                                              \
-    {q, q_stride, keys, values, jobs, positions, block_tables, table_width, sequences, kv_heads, query_heads, scale, softcap, \
+    {q, q_stride, keys, values, key_scales, value_scales, jobs, positions, block_tables, table_width, sequences, kv_heads, query_heads, scale, softcap, \
      window, target, min_keys, out, partials, stats, counters}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(ATTENTION_PARAMETERS) {

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from multitensor.config import KV_GROUP
+from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 from multitensor.kernels.cuda.program import Program, launch
 
 MAX_SEQUENCES = 64
@@ -23,7 +25,8 @@ WARPS = 8
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_HIDDEN = 16384
 _ARGMAX_BLOCKS = 64
-_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+SHARED_BYTES = 48 << 10  # that a kernel may declare
+_KINDS: dict[torch.dtype | str, int] = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, "q8": 3, "q4": 4}
 _SLOT_TYPES = {torch.int32: "int", torch.int64: "long long"}
 _NULL = torch.empty(0)  # its data_ptr() is 0
 
@@ -88,12 +91,16 @@ class DecodeKernels:
 class DecodeAttention:
     """Rotary embedding, cache writes and attention of the layers of one kind: same heads, types and window.
 
-    kv_map[i]: local KV head of local query head i. Caches: [blocks, block_size, kv_heads, head_dim], q in `dtype`
-    (float16 or bfloat16). Layers share the scratch, so their calls must follow one another on one stream.
+    kv_map[i]: local KV head of local query head i. Caches: [blocks, block_size, kv_heads, head_dim] of kv_dtype, or
+    QuantCaches ("q8", "q4": heads in multiples of 32); q in `dtype` (float16 or bfloat16). Layers share the scratch, so
+    their calls must follow one another on one stream.
 
     early: attention reads positions, block tables and the keys before the new token's while the kernels before it still
     run. They must be complete when the chain of overlapped launches that leads to it begins: written by an earlier
     graph launch, or by kernels that a launch without overlap followed.
+
+    min_keys: a sequence is cut into pieces no shorter. warps: of a block; 16 only for heads up to 128 in groups up to
+    8. blocks_per_processor: that run at once.
     """
 
     def __init__(
@@ -103,7 +110,7 @@ class DecodeAttention:
         kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
-        kv_dtype: torch.dtype,
+        kv_dtype: torch.dtype | Literal["q8", "q4"],
         block_size: int,
         sequences: int,
         *,
@@ -112,8 +119,11 @@ class DecodeAttention:
         softcap: float | None = None,
         min_keys: int = MIN_KEYS,
         early: bool = True,
+        warps: int = WARPS,
+        blocks_per_processor: int | None = None,
     ) -> None:
-        if not kv_map or head_dim not in HEAD_DIMS or block_size % KEY_TILE or not 0 < sequences <= MAX_SEQUENCES:
+        takes = head_dim in HEAD_DIMS and (isinstance(kv_dtype, torch.dtype) or head_dim % KV_GROUP == 0)
+        if not kv_map or not takes or block_size % KEY_TILE or not 0 < sequences <= MAX_SEQUENCES:
             raise ValueError(
                 f"no decode attention for {len(kv_map)} heads of {head_dim}, blocks of {block_size} and {sequences} "
                 f"sequences: heads of {HEAD_DIMS}, blocks in multiples of {KEY_TILE}, 1 to {MAX_SEQUENCES} sequences"
@@ -123,7 +133,10 @@ class DecodeAttention:
         self.scale, self.window, self.softcap, self.min_keys = scale, window or 0, softcap or 0.0, min_keys
         wide = _uses_tensor_cores(kv_dtype, kernels.device) and head_dim <= 128 and _longest_run(kv_map) > 8
         head_tiles = 2 if wide else 1
-        blocks_per_processor = 2 if head_dim <= 128 and head_tiles == 1 else 1
+        if blocks_per_processor is None:
+            blocks_per_processor = 16 // warps if head_dim <= 128 and head_tiles == 1 else 1
+        if warps // 2 * 8 * head_tiles * head_dim * 4 > SHARED_BYTES * 3 // 4:
+            raise ValueError(f"{warps} warps are too many for heads of {head_dim} in groups of {8 * head_tiles}")
         jobs = head_jobs(kv_map, 8 * head_tiles)
         self.target = max(1, min(MAX_UNITS, kernels.processors * blocks_per_processor // len(jobs)))
         device = kernels.device
@@ -132,13 +145,14 @@ class DecodeAttention:
         self._partials = torch.empty((*units, head_dim), dtype=torch.float32, device=device)
         self._stats = torch.empty((*units, 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros((sequences, len(jobs)), dtype=torch.int32, device=device)
+        self._threads = 32 * warps
         self._defines = {
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
             "X_KIND": _KINDS[dtype],
             "KV_KIND": _KINDS[kv_dtype],
             "HEAD_TILES": head_tiles,
-            "NWARPS": WARPS,
+            "NWARPS": warps,
             "MIN_BLOCKS": blocks_per_processor,
             "EARLY": int(early),
         }
@@ -146,8 +160,8 @@ class DecodeAttention:
     def rope_write_kv(
         self,
         qkv: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         positions: torch.Tensor,
         slot_mapping: torch.Tensor,
         cosines: torch.Tensor,
@@ -166,7 +180,7 @@ class DecodeAttention:
         numbers of a head that are rotated.
         """
         rope = self._rope(cosines, sines, style, bias, q_norm, k_norm, eps)
-        places = (positions, slot_mapping, k_cache, v_cache, self.query_heads, self.kv_heads)
+        places = (positions, slot_mapping, *_addresses(k_cache, v_cache), self.query_heads, self.kv_heads)
         grid = (-(-(self.query_heads + 2 * self.kv_heads) // 4), qkv.shape[0])
         kernel = self._program(slot_mapping.dtype).kernel("rope_write_kv")
         launch(kernel, grid, 128, 0, (qkv, *rope, *places), overlap=self.kernels.overlap)
@@ -174,8 +188,8 @@ class DecodeAttention:
     def attend(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         positions: torch.Tensor,
         block_tables: torch.Tensor,
         out: torch.Tensor,
@@ -191,8 +205,8 @@ class DecodeAttention:
     def rope_attend(
         self,
         qkv: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         positions: torch.Tensor,
         block_tables: torch.Tensor,
         slot_mapping: torch.Tensor,
@@ -218,7 +232,7 @@ class DecodeAttention:
     def _launch(self, kernel: Any, sequences: int, arguments: tuple[Any, ...]) -> None:
         units = self.target if sequences == 1 else self.target + sequences
         grid = (units, self._jobs.shape[0], 1)
-        launch(kernel, grid, 32 * WARPS, 0, arguments, overlap=self.kernels.overlap)
+        launch(kernel, grid, self._threads, 0, arguments, overlap=self.kernels.overlap)
 
     def _rope(
         self,
@@ -236,8 +250,8 @@ class DecodeAttention:
     def _attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         positions: torch.Tensor,
         block_tables: torch.Tensor,
         out: torch.Tensor,
@@ -245,7 +259,8 @@ class DecodeAttention:
         sequences = positions.shape[0]
         if sequences > self.sequences:
             raise ValueError(f"{sequences} sequences where {self.sequences} were announced")
-        places = (q, q.stride(0), k_cache, v_cache, self._jobs, positions, block_tables, block_tables.shape[1])
+        caches = _addresses(k_cache, v_cache)
+        places = (q, q.stride(0), *caches, self._jobs, positions, block_tables, block_tables.shape[1])
         heads = (sequences, self.kv_heads, self.query_heads)
         rules = (float(self.scale), float(self.softcap), self.window, self.target, self.min_keys)
         return (*places, *heads, *rules, out, self._partials, self._stats, self._counters)
@@ -266,11 +281,25 @@ def _longest_run(kv_map: Sequence[int]) -> int:
     return max(count for _, _, count in head_jobs(kv_map, len(kv_map)))
 
 
-def _uses_tensor_cores(kv_dtype: torch.dtype, device: torch.device) -> bool:
+def _uses_tensor_cores(kv_dtype: torch.dtype | str, device: torch.device) -> bool:
     """As TENSOR_CORES of decode.cu."""
     if kv_dtype == torch.bfloat16:
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return kv_dtype == torch.float16
+    return kv_dtype != torch.float32
+
+
+def cache_kind(cache: CacheTensor) -> torch.dtype | Literal["q8", "q4"]:
+    """As DecodeAttention wants to know it."""
+    return cache.kind if isinstance(cache, QuantCache) else cache.dtype
+
+
+def _addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[torch.Tensor, ...]:
+    """Keys, values, and the scales of both."""
+    if isinstance(k_cache, QuantCache) and isinstance(v_cache, QuantCache):
+        return k_cache.codes, v_cache.codes, k_cache.scales, v_cache.scales
+    if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
+        raise ValueError("key and value caches must be alike")
+    return k_cache, v_cache, _NULL, _NULL
 
 
 def _or_null(tensor: torch.Tensor | None) -> torch.Tensor:
