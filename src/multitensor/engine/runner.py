@@ -39,7 +39,8 @@ Score = tuple[list[int], list[float], float | None]
 @dataclass(frozen=True)
 class ForwardedStep:
     """A step whose forward pass is queued on the device. logits: float32 [sequences `chosen`, vocabulary]. hidden and
-    starts: all hidden states and where each sequence's begin; None where nothing but logits is wanted."""
+    starts: all hidden states and where each sequence's begin; None where nothing but logits is wanted. likeliest: as
+    Sampler.sample takes it."""
 
     step: StepInput
     chosen: np.ndarray
@@ -47,6 +48,7 @@ class ForwardedStep:
     hidden: torch.Tensor | None
     starts: np.ndarray | None
     started: torch.cuda.Event | None
+    likeliest: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,11 +175,12 @@ class ModelRunner:
         for setup in step.setups:
             self.sampler.admit(setup)
         if self._graphs is not None and _is_small_decode(step):
-            rows = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
+            rows, likeliest = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
             chosen = np.flatnonzero(step.sample)
             if len(chosen) < len(rows):
-                rows = rows[torch.from_numpy(chosen).to(self.device)]
-            return ForwardedStep(step, chosen, rows, None, None, started)
+                places = torch.from_numpy(chosen).to(self.device)
+                rows, likeliest = rows[places], likeliest[places]
+            return ForwardedStep(step, chosen, rows, None, None, started, likeliest)
         inputs = AttentionInputs.build(
             step.query_lens, step.context_lens, step.block_tables, self.plan.block_size, self.device
         )
@@ -254,7 +257,9 @@ class ModelRunner:
         if forwarded.logits is None:
             return torch.zeros(0, dtype=torch.int64, device=self.device), {}
         by_row = {row: masks[int(number)] for row, number in enumerate(chosen) if int(number) in masks}
-        return self.sampler.sample(forwarded.logits, step.slots[chosen], step.uniforms[chosen], by_row)
+        return self.sampler.sample(
+            forwarded.logits, step.slots[chosen], step.uniforms[chosen], by_row, forwarded.likeliest
+        )
 
     def _scores(self, step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, list[Score]]:
         """Log-probabilities at every position of the scored sequences, a bounded number of rows at a time."""
