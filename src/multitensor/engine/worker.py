@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from multitensor.parallel.group import Group
 
 _PR_SET_PDEATHSIG = 1  # Linux man page PR_SET_PDEATHSIG(2const)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h, mallopt(3)
+_LARGE_BYTES, _KEPT_BYTES = 4 << 20, 64 << 20
 
 
 def main() -> NoReturn:
@@ -107,6 +109,7 @@ def _serve(bootstrap: Bootstrap, rank: int, group_fd: int, port: RankChannel) ->
 
 def _prepare_device(bootstrap: Bootstrap, rank: int) -> torch.device:
     """Threads, the current CUDA device, and the cap on what torch may allocate there."""
+    _return_large_memory()
     import torch
 
     from multitensor.engine.rank_loop import torch_device
@@ -123,6 +126,16 @@ def _prepare_device(bootstrap: Bootstrap, rank: int) -> torch.device:
             room = declared.capacity_bytes - beside
             torch.cuda.set_per_process_memory_fraction(max(0, room) / declared.total_bytes, device)
     return device
+
+
+def _return_large_memory() -> None:
+    """Tensors of 4 MiB and more go back to the system when they are freed. By itself malloc raises that limit as it
+    sees large blocks freed, and batches of ever other sizes then leave holes in its heap (docs/perf-log.md). Where the
+    C library knows no such setting, nothing is changed."""
+    with contextlib.suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def _make_group(size: int, rank: int, device: torch.device, group_fd: int, p2p: bool | None) -> Group:
