@@ -62,13 +62,12 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         yield programs
 
 
-def tile_requests(turn: int, every: bool) -> None:
+def tile_requests(turn: int) -> None:
     """The types that lie in tiles, two to a program; which two, and with which activations, depends on the turn."""
     kernels = TileKernels(CPU)
     names = sorted(TILE_BYTES)
     shift = 5 * turn % len(names)
     names = names[shift:] + names[:shift]
-    names = names if every else names[:5]
     pairs = [*zip(names[::2], names[1::2], strict=False), (names[-1], names[-1])]
     for number, pair in enumerate(pairs):
         x = torch.zeros(1, 256, dtype=HALVES[(turn + number) % 2 if pair[0] != pair[1] else 0])
@@ -85,11 +84,11 @@ def _tiled(name: str) -> TiledTensor:
     return TiledTensor(QUANT_TYPES[name], 16, 256, {"tiles": tiles})
 
 
-def small_batch_requests(turn: int, every: bool) -> None:
+def small_batch_requests(turn: int) -> None:
     """Two types to a program, all types within the turns; numbers of tokens and activations by turns."""
     kernels = SmallBatchKernels(CPU)
     names = sorted(TILE_BYTES)
-    pairs = [(names[at % 13], names[(at + 1) % 13]) for at in range(5 * turn, 5 * turn + (14 if every else 4), 2)]
+    pairs = [(names[at % 13], names[(at + 1) % 13]) for at in range(5 * turn, 5 * turn + 14, 2)]
     for number, pair in enumerate(pairs):
         tokens = (8, 16, 32, 64)[(turn + number) % 4]
         x = torch.zeros(tokens, 256, dtype=HALVES[(turn + number) % 2])
@@ -99,10 +98,9 @@ def small_batch_requests(turn: int, every: bool) -> None:
             kernels.multiply(x, weights, gated="silu")
 
 
-def float_requests(turn: int, every: bool) -> None:
+def float_requests(turn: int) -> None:
     """Every pair of types; bound of tokens and shape of a block by turns."""
     pairs = [(x, w) for x in HALVES for w in FLOATS]
-    pairs = pairs if every else pairs[turn % 2 :: 2]
     for number, (x_type, w_type) in enumerate(pairs):
         kernels = FloatKernels(CPU, (SMALL, LARGE)[(turn + number) % 2])
         tokens = (1, 2, 4, 8)[(turn + number // 2) % 4]
@@ -111,10 +109,10 @@ def float_requests(turn: int, every: bool) -> None:
         kernels.multiply(x[:, :250], torch.zeros(16, 250, dtype=w_type))
 
 
-def decode_requests(turn: int, every: bool) -> None:
+def decode_requests(turn: int) -> None:
     """Attention of the head sizes, with types and groups by turns; norms and argmax."""
     kernels = DecodeKernels(CPU)
-    for number, head_dim in enumerate(HEAD_DIMS if every else HEAD_DIMS[turn % 2 :: 2]):
+    for number, head_dim in enumerate(HEAD_DIMS):
         x_type, kv_type = HALVES[(turn + number) % 2], ("f16", "q8", "bf16", "q4", "f32")[(2 * turn + number) % 5]
         if head_dim % KV_GROUP and kv_type in ("q8", "q4"):
             kv_type = "f32"
@@ -147,10 +145,10 @@ def decode_requests(turn: int, every: bool) -> None:
     kernels.argmax(torch.zeros(1, 512), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
 
 
-def peer_requests(turn: int, every: bool) -> None:
+def peer_requests(turn: int) -> None:
     """Sums over 2 to 16 ranks with types and sizes by turns, in clusters where there are any; gathers."""
     clusters = torch.cuda.get_device_capability() >= (9, 0)
-    for number, ranks in enumerate((2, 3, 8, 16) if every else (2, 5)):
+    for number, ranks in enumerate((2, 3, 8, 16)):
         hidden, x_type = (576, 8192, 16384)[(turn + number) % 3], FLOATS[(turn + number) % 3]
         places = torch.zeros(ranks, dtype=torch.int64)
         residual = torch.zeros(1, hidden)
@@ -163,10 +161,10 @@ def peer_requests(turn: int, every: bool) -> None:
         gather.gather(torch.zeros(1, 512), torch.zeros(1, 512 * ranks))
 
 
-def layer_requests(turn: int, every: bool) -> None:
+def layer_requests(turn: int) -> None:
     """Launches between attentions, for one and two tokens; types, sizes and ranks by turns."""
     names = sorted(TILE_BYTES)
-    for number, ranks in enumerate((1, 2, 5, 16) if every else (1, 2)):
+    for number, ranks in enumerate((1, 2, 5, 16)):
         at = 3 * turn + 5 * number
         types = names[at % len(names)], names[(at + 4) % len(names)]
         LayerKernel(
@@ -183,5 +181,5 @@ def layer_requests(turn: int, every: bool) -> None:
         )
 
 
-# Each of (turn, every): the turn picks which of the many combinations; not `every`: about half of the programs.
+# Each takes a turn, which picks some of the many combinations.
 REQUESTS = (tile_requests, small_batch_requests, float_requests, decode_requests, peer_requests, layer_requests)

@@ -39,7 +39,7 @@ def everything(architecture: int, turn: int) -> list[Asked]:
     """
     with recorded(architecture) as programs:
         for request in REQUESTS:
-            request(turn, True)
+            request(turn)
     asked = {source for program in programs for source in program.sources}
     alone = sorted(path.name for path in SOURCES.glob("*.cu") if path.name not in asked)
     return programs + [Asked((name,), {}) for name in alone]
