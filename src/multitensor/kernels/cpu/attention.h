@@ -24,6 +24,8 @@ INLINE void load_queries(const attention *a, const attention_task *task, attenti
             to[i] = q[i] * a->scale;
         for (int64_t i = a->head_dim; i < work->padded; i++)
             to[i] = 0.0f;
+        if (a->cache_type >= CACHE_Q8) /* as the keys are */
+            turn_groups(to, a->head_dim);
         work->largest[r] = -__builtin_inff();
         work->sum[r] = 0.0f;
         work->position[r] = context + token;
@@ -34,7 +36,7 @@ INLINE void load_queries(const attention *a, const attention_task *task, attenti
 /* Keys and values of positions [first, first + n), zeros after them. */
 INLINE void load_keys(const attention *a, const attention_task *task, int64_t first, int64_t n, attention_work *work)
 {
-    int64_t size = a->cache_type == F32 ? 4 : 2, head_bytes = a->head_dim * size;
+    int64_t head_bytes = cache_bytes(a->cache_type, a->head_dim), groups = cache_groups(a->cache_type, a->head_dim);
     const int64_t *table = a->tables + task->sequence * a->table_stride;
     int64_t block = first / a->block_size, offset = first % a->block_size;
     const int64_t ahead = 8 * a->n_kv_heads * head_bytes;
@@ -45,8 +47,15 @@ INLINE void load_keys(const attention *a, const attention_task *task, int64_t fi
             __builtin_prefetch((const void *)((uintptr_t)a->keys + (uintptr_t)(byte + ahead + line)));
             __builtin_prefetch((const void *)((uintptr_t)a->values + (uintptr_t)(byte + ahead + line)));
         }
-        from_cache(a->keys + byte, a->head_dim, work->padded, a->cache_type, work->keys + i * work->padded);
-        from_cache(a->values + byte, a->head_dim, work->padded, a->cache_type, work->values + i * work->padded);
+        float *key = work->keys + i * work->padded, *value = work->values + i * work->padded;
+        if (groups) {
+            int64_t scale = ((table[block] * a->n_kv_heads + task->kv_head) * a->block_size + offset) * groups;
+            from_codes(a->keys + byte, a->key_scales + scale, a->head_dim, work->padded, a->cache_type, key);
+            from_codes(a->values + byte, a->value_scales + scale, a->head_dim, work->padded, a->cache_type, value);
+        } else {
+            from_cache(a->keys + byte, a->head_dim, work->padded, a->cache_type, key);
+            from_cache(a->values + byte, a->head_dim, work->padded, a->cache_type, value);
+        }
         if (++offset == a->block_size) {
             offset = 0;
             block++;
@@ -144,7 +153,9 @@ FN void attend(const attention *a, const attention_task *task, void *scratch)
                         work.padded, 1);
     }
     for (int64_t r = 0; r < task->rows; r++) {
-        const float *from = work.output + r * work.padded;
+        float *from = work.output + r * work.padded;
+        if (a->cache_type >= CACHE_Q8)
+            turn_groups(from, a->head_dim);
         if (task->partial) {
             float *to = task->partial + r * (a->head_dim + 2);
             memcpy(to, from, (size_t)a->head_dim * sizeof(float));

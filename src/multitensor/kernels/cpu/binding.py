@@ -11,7 +11,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 2
 LEVELS = ("scalar", "avx2", "avx512")  # numbers of enum level in native.c
 TYPE_NAMES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -43,6 +43,8 @@ class AttentionStruct(ctypes.Structure):
         ("out", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
+        ("key_scales", c_void_p),
+        ("value_scales", c_void_p),
         ("cache_type", c_int64),
         ("block_size", c_int64),
         ("n_heads", c_int64),
@@ -79,7 +81,7 @@ _SIGNATURES: dict[str, tuple[Any, str]] = {
     "mt_rms_norm": (c_int, "pppnnpffp"),
     "mt_gated_activation": (c_int, "pppni"),
     "mt_rope": (c_int, "pnnpnnpnnppni"),
-    "mt_write_kv": (c_int, "pppnnnnppnpn"),
+    "mt_write_kv": (c_int, "pppnnnnnppppnnpn"),
     "mt_attention": (c_int, "ppn"),
     "mt_reduce_sum_f32": (None, "ppnn"),
     "mt_wait_until": (c_int, "punn"),

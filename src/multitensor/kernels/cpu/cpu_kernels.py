@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
+from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cpu.native import NativeKernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
@@ -90,10 +90,7 @@ class CpuKernels(Kernels):
         v_cache: CacheTensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
-            super().write_kv(k, v, k_cache, v_cache, slot_mapping)
-        else:
-            self.native.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        self.native.write_kv(k, v, k_cache, v_cache, slot_mapping)
 
     def paged_attention(
         self,
@@ -106,8 +103,6 @@ class CpuKernels(Kernels):
         window: int | None = None,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
-            return super().paged_attention(q, k_cache, v_cache, inputs, kv_map, scale, window, softcap)
         out = self.native.paged_attention(q, k_cache, v_cache, inputs, kv_map, scale, window, softcap)
         return out if q.dtype is torch.float32 else out.to(q.dtype)
 

@@ -24,6 +24,7 @@ const kernel_table TABLE = {
     .add = add,
     .rope = rope,
     .to_cache = to_cache,
+    .to_codes = to_codes,
     .attend = attend,
     .attend_merge = attend_merge,
 };

@@ -19,7 +19,7 @@
 enum { OUT_OF_MEMORY = -1, BAD_INDEX = -2 };
 enum level { SCALAR, AVX2, AVX512 };
 
-#define INTERFACE_VERSION 1
+#define INTERFACE_VERSION 2
 #define SPIN_NS 50000
 #define PARALLEL_WORK 65536 /* multiply-adds (or as much other work) that repay waking the other threads */
 #define MAX_WEIGHTS 16      /* of one call */

@@ -57,7 +57,9 @@ typedef struct {
     const float *q; /* [tokens, n_heads, head_dim], tokens q_stride floats apart */
     int64_t q_stride;
     float *out; /* [tokens, n_heads, head_dim] contiguous */
-    const uint8_t *keys, *values; /* [blocks, block_size, n_kv_heads, head_dim] of cache_type (F32, F16, BF16) */
+    /* [blocks, block_size, n_kv_heads, head_dim] of cache_type (F32, F16, BF16), or codes */
+    const uint8_t *keys, *values;
+    const uint16_t *key_scales, *value_scales; /* [blocks, n_kv_heads, block_size, groups] for CACHE_Q8 and CACHE_Q4 */
     int64_t cache_type, block_size, n_heads, n_kv_heads, head_dim;
     const int64_t *tables; /* [sequences, table_stride] */
     int64_t table_stride, n_sequences;
@@ -66,6 +68,21 @@ typedef struct {
     int64_t window;        /* 0: none */
     float scale, softcap;  /* softcap 0: none */
 } attention;
+
+/* The quantised caches; kernels/cache_tensor.py tells their layout and rounding. */
+enum { CACHE_Q8 = 100, CACHE_Q4 = 101, CACHE_GROUP = 32 };
+
+/* Of one head of one token: bytes of numbers or codes, and the number of scales. */
+static inline int64_t cache_bytes(int64_t cache_type, int64_t head_dim)
+{
+    if (cache_type == CACHE_Q4)
+        return head_dim / 2;
+    return head_dim * (cache_type == F32 ? 4 : cache_type == CACHE_Q8 ? 1 : 2);
+}
+static inline int64_t cache_groups(int64_t cache_type, int64_t head_dim)
+{
+    return cache_type >= CACHE_Q8 ? (head_dim + CACHE_GROUP - 1) / CACHE_GROUP : 0;
+}
 
 #define ATTENTION_ROWS 64 /* (token, head) pairs of one attention task, at most */
 #define ATTENTION_KEYS 64 /* keys handled at a time */
@@ -94,6 +111,8 @@ typedef struct {
     void (*add)(float *to, const float *from, int64_t n);
     void (*rope)(float *x, const float *cos, const float *sin, int64_t half, int64_t interleaved);
     void (*to_cache)(const float *from, void *to, int64_t n, int64_t cache_type);
+    /* One head, to codes and scales. */
+    void (*to_codes)(const float *from, int64_t n, int64_t cache_type, uint8_t *codes, uint16_t *scales);
     void (*attend)(const attention *a, const attention_task *task, void *scratch);
     void (*attend_merge)(const float *const *partials, int64_t n, int64_t head_dim, float *out);
 } kernel_table;

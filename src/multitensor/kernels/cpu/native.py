@@ -18,10 +18,12 @@ import torch
 
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 from multitensor.kernels.cpu.binding import LEVELS, PLANES, TYPE_IDS, AttentionStruct, WeightStruct, load_library
 from multitensor.kernels.quant_tensor import QuantTensor
 
-CACHE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_Kind = torch.dtype | str
+CACHE_TYPES: dict[_Kind, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, "q8": 100, "q4": 101}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_WEIGHTS = 16  # of one `linears` call
 
@@ -71,6 +73,22 @@ def _vector(values: torch.Tensor | None, size: int, what: str) -> torch.Tensor |
     return _contiguous_floats(values)
 
 
+def _cache_kind(cache: CacheTensor) -> _Kind:
+    return cache.kind if isinstance(cache, QuantCache) else cache.dtype
+
+
+def _parts(cache: CacheTensor) -> tuple[torch.Tensor, ...]:
+    return (cache.codes, cache.scales) if isinstance(cache, QuantCache) else (cache,)
+
+
+def _addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[int, int, int | None, int | None]:
+    """Of keys, values, and the scales of both."""
+    if isinstance(k_cache, QuantCache) and isinstance(v_cache, QuantCache):
+        scales = k_cache.scales.data_ptr(), v_cache.scales.data_ptr()
+        return k_cache.codes.data_ptr(), v_cache.codes.data_ptr(), *scales
+    return _parts(k_cache)[0].data_ptr(), _parts(v_cache)[0].data_ptr(), None, None
+
+
 class _StepArrays:
     """The lists of one AttentionInputs as C arrays, and a filled struct for each kind of layer."""
 
@@ -89,14 +107,15 @@ class _StepArrays:
         scale: float,
         window: int | None,
         softcap: float | None,
-        cache: torch.Tensor,
+        cache: CacheTensor,
     ) -> AttentionStruct:
-        key = (kv_map, scale, window, softcap, cache.dtype, cache.shape)
+        kind = _cache_kind(cache)
+        key = (kv_map, scale, window, softcap, kind, cache.shape)
         found = self.layers.get(key)
         if found is None:
             heads = (c_int32 * len(kv_map))(*kv_map)
             structure = AttentionStruct(
-                cache_type=CACHE_TYPES[cache.dtype],
+                cache_type=CACHE_TYPES[kind],
                 block_size=cache.shape[1],
                 n_heads=len(kv_map),
                 n_kv_heads=cache.shape[2],
@@ -377,12 +396,12 @@ class NativeKernels:
         self,
         k: torch.Tensor,
         v: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """k, v float32 [T, H, D] into contiguous caches [blocks, block_size, H, D] (float32, float16 or bfloat16) at
-        the flat slots int64 [T]. Raises ValueError for a slot outside the cache."""
+        """k, v float32 [T, H, D] into contiguous caches [blocks, block_size, H, D] (float32, float16, bfloat16 or
+        quantised) at the flat slots int64 [T]. Raises ValueError for a slot outside the cache."""
         tokens, heads, head_dim = k.shape
         self._check_caches(k_cache, v_cache)
         if k_cache.shape[2:] != (heads, head_dim) or v.shape != k.shape or slot_mapping.numel() != tokens:
@@ -398,29 +417,31 @@ class NativeKernels:
             k.data_ptr(),
             v.data_ptr(),
             tokens,
+            heads,
+            head_dim,
             width,
             width,
-            width,
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            CACHE_TYPES[k_cache.dtype],
+            *_addresses(k_cache, v_cache),
+            k_cache.shape[1],
+            CACHE_TYPES[_cache_kind(k_cache)],
             slots.data_ptr(),
             k_cache.shape[0] * k_cache.shape[1],
         )
         self._check(status, "write_kv")
 
     @staticmethod
-    def _check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
-        if k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype or k_cache.dtype not in CACHE_TYPES:
-            raise ValueError("key and value caches must be alike, of float32, float16 or bfloat16")
-        if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+    def _check_caches(k_cache: CacheTensor, v_cache: CacheTensor) -> None:
+        kind = _cache_kind(k_cache)
+        if k_cache.shape != v_cache.shape or kind != _cache_kind(v_cache) or kind not in CACHE_TYPES:
+            raise ValueError("key and value caches must be alike, of float32, float16, bfloat16, q8 or q4")
+        if not all(part.is_contiguous() for cache in (k_cache, v_cache) for part in _parts(cache)):
             raise ValueError("key and value caches must be contiguous")
 
     def paged_attention(
         self,
         q: torch.Tensor,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
         inputs: AttentionInputs,
         kv_map: Sequence[int],
         scale: float,
@@ -444,8 +465,7 @@ class NativeKernels:
         structure.q = q.data_ptr()
         structure.q_stride = heads * head_dim
         structure.out = out.data_ptr()
-        structure.keys = k_cache.data_ptr()
-        structure.values = v_cache.data_ptr()
+        structure.keys, structure.values, structure.key_scales, structure.value_scales = _addresses(k_cache, v_cache)
         status = self._library.mt_attention(self._context, ctypes.byref(structure), k_cache.shape[0])
         self._check(status, "paged_attention")
         return out

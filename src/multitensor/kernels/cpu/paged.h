@@ -1,15 +1,31 @@
 /* Division of attention into tasks, and writing of the cache. Included by native.c only. */
 
-/* Rows of k and v ([tokens, width], strides in floats) to cache rows `slots`, of n_slots. */
-EXPORT int mt_write_kv(context *c, const float *k, const float *v, int64_t tokens, int64_t width, int64_t k_stride,
-                       int64_t v_stride, uint8_t *k_cache, uint8_t *v_cache, int64_t cache_type, const int64_t *slots,
+/* One token's heads to codes and scales. */
+static void write_codes(const context *c, const float *from, int64_t heads, int64_t head_dim, int64_t slot,
+                        int64_t block_size, int64_t cache_type, uint8_t *codes, uint16_t *scales)
+{
+    int64_t bytes = cache_bytes(cache_type, head_dim), groups = cache_groups(cache_type, head_dim);
+    for (int64_t h = 0; h < heads; h++)
+        c->table->to_codes(from + h * head_dim, head_dim, cache_type, codes + (slot * heads + h) * bytes,
+                           scales + ((slot / block_size * heads + h) * block_size + slot % block_size) * groups);
+}
+
+/* Rows of k and v ([tokens, heads, head_dim], strides in floats) to cache rows `slots`, of n_slots. */
+EXPORT int mt_write_kv(context *c, const float *k, const float *v, int64_t tokens, int64_t heads, int64_t head_dim,
+                       int64_t k_stride, int64_t v_stride, uint8_t *k_cache, uint8_t *v_cache, uint16_t *k_scales,
+                       uint16_t *v_scales, int64_t block_size, int64_t cache_type, const int64_t *slots,
                        int64_t n_slots)
 {
-    int64_t row_bytes = width * (cache_type == F32 ? 4 : 2);
+    int64_t width = heads * head_dim, row_bytes = heads * cache_bytes(cache_type, head_dim);
     for (int64_t t = 0; t < tokens; t++)
         if (slots[t] < 0 || slots[t] >= n_slots)
             return BAD_INDEX;
     for (int64_t t = 0; t < tokens; t++) {
+        if (cache_type >= CACHE_Q8) {
+            write_codes(c, k + t * k_stride, heads, head_dim, slots[t], block_size, cache_type, k_cache, k_scales);
+            write_codes(c, v + t * v_stride, heads, head_dim, slots[t], block_size, cache_type, v_cache, v_scales);
+            continue;
+        }
         c->table->to_cache(k + t * k_stride, k_cache + slots[t] * row_bytes, width, cache_type);
         c->table->to_cache(v + t * v_stride, v_cache + slots[t] * row_bytes, width, cache_type);
     }

@@ -149,3 +149,91 @@ INLINE void from_cache(const uint8_t *from, int64_t n, int64_t padded, int64_t c
     for (; i < padded; i++)
         to[i] = 0.0f;
 }
+
+/* ---- the quantised cache ---- */
+
+/* Whole groups of 32 of a head times the orthonormal Hadamard matrix, in place; its own inverse. */
+INLINE void turn_groups(float *x, int64_t n)
+{
+    for (; n >= CACHE_GROUP; n -= CACHE_GROUP, x += CACHE_GROUP) {
+        for (int64_t step = 1; step < CACHE_GROUP; step *= 2)
+            for (int64_t i = 0; i < CACHE_GROUP; i += 2 * step)
+                for (int64_t j = i; j < i + step; j++) {
+                    float a = x[j], b = x[j + step];
+                    x[j] = a + b;
+                    x[j + step] = a - b;
+                }
+        for (int64_t i = 0; i < CACHE_GROUP; i++)
+            x[i] *= 0.17677669529663687f;
+    }
+}
+
+/* Where the 32-bit word of eight 4-bit numbers lies in a head of n. */
+INLINE int64_t word_place(int64_t word, int64_t n)
+{
+    return n % 64 ? word : word / 8 * 8 + 2 * (word % 4) + word / 4 % 2;
+}
+
+/* x / step as a whole number from low to high; NaN gives low. */
+INLINE int to_code(float x, float step, float low, float high)
+{
+    float code = step == 0.0f ? 0.0f : __builtin_rintf(x / step);
+    return (int)(code > high ? high : code >= low ? code : low);
+}
+
+FN void to_codes(const float *from, int64_t n, int64_t cache_type, uint8_t *codes, uint16_t *scales)
+{
+    const float largest = 65504.0f;
+    for (int64_t first = 0; first < n; first += CACHE_GROUP) {
+        int64_t size = min_int(CACHE_GROUP, n - first);
+        float x[CACHE_GROUP] = {0}, most = 0.0f, least = 0.0f, nan = 0.0f;
+        for (int64_t i = 0; i < size; i++)
+            x[i] = from[first + i] > largest ? largest : from[first + i] < -largest ? -largest : from[first + i];
+        turn_groups(x, size);
+        for (int64_t i = 0; i < CACHE_GROUP; i++) {
+            most = x[i] > most ? x[i] : most;
+            least = x[i] < least ? x[i] : least;
+            nan += x[i] * 0.0f;
+        }
+        float size_of = most >= -least ? most : -least, scale = size_of * (1.0f / 127.0f);
+        if (cache_type == CACHE_Q4)
+            scale = (most >= -least ? most : least) * -0.125f;
+        *scales = float_to_half(scale + nan);
+        float step = half_to_float(*scales++);
+        if (cache_type == CACHE_Q8) {
+            for (int64_t i = 0; i < size; i++)
+                codes[first + i] = (uint8_t)(int8_t)to_code(x[i], step, -127.0f, 127.0f);
+            continue;
+        }
+        for (int64_t w = 0; w < size / 8; w++) {
+            uint32_t word = 0;
+            for (int i = 0; i < 8; i++)
+                word |= (uint32_t)(to_code(x[8 * w + i], step, -8.0f, 7.0f) + 8) << (4 * (i / 2) + 16 * (i % 2));
+            memcpy(codes + 4 * word_place(first / 8 + w, n), &word, sizeof word);
+        }
+    }
+}
+
+/* The turned numbers of one head as floats, zeros up to `padded`. */
+INLINE void from_codes(const uint8_t *codes, const uint16_t *scales, int64_t n, int64_t padded, int64_t cache_type,
+                       float *to)
+{
+    static const uint32_t shifts[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+    for (int64_t first = 0; first < n; first += CACHE_GROUP) {
+        int64_t size = min_int(CACHE_GROUP, n - first);
+        float step = half_to_float(*scales++);
+        if (cache_type == CACHE_Q8) {
+            for (int64_t i = 0; i < size; i++)
+                to[first + i] = step * (float)(int8_t)codes[first + i];
+            continue;
+        }
+        for (int64_t w = 0; w < size / 8; w++) {
+            uint32_t word;
+            memcpy(&word, codes + 4 * word_place(first / 8 + w, n), sizeof word);
+            for (int i = 0; i < 8; i++)
+                to[first + 8 * w + i] = step * (float)((int32_t)(word >> shifts[i] & 15) - 8);
+        }
+    }
+    for (int64_t i = n; i < padded; i++)
+        to[i] = 0.0f;
+}
