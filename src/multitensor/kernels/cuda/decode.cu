@@ -929,9 +929,9 @@ struct Attention {
 
 // What the queries and the new token need where the cache is quantised: turned queries, rotated first where ROPE, and
 // then also codes and scales of the new key and value, by the blocks whose unit has them. numbers[D]: the warp's own.
-template <bool ROPE>
+template <bool ROPE, class Queries>
 __device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope& rope, const SLOT* slot_mapping, const Unit& unit, int kv_head,
-                                                  int first_head, int heads, float* numbers, Sums::Queries& queries) {
+                                                  int first_head, int heads, float* numbers, Queries& queries) {
     const int warp = threadIdx.x >> 5, new_heads = ROPE && unit.has_new() ? 2 : 0;
     const size_t row = (size_t)unit.sequence * a.q_stride;
     if (ROPE && unit.position < 0) return;
