@@ -72,10 +72,11 @@ class Server:
         return found.group(1)
 
     def memory(self) -> dict[str, int]:
-        """Resident bytes, shared pages counted once: of the server's process, and of its ranks together."""
+        """Bytes of their own: of the server's process, and of its ranks together. Shares of shared pages are left out:
+        they change with every other program that uses the same libraries."""
         server = psutil.Process(self.process.pid)
-        ranks = sum(child.memory_full_info().pss for child in server.children(recursive=True))
-        return {"server": server.memory_full_info().pss, "ranks": ranks}
+        ranks = sum(child.memory_full_info().uss for child in server.children(recursive=True))
+        return {"server": server.memory_full_info().uss, "ranks": ranks}
 
     def end(self) -> None:
         self.process.terminate()
