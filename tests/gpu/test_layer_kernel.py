@@ -119,6 +119,7 @@ def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> No
         own=memory,
         inner=ffn[1] - ffn[0],
         widest=case.phases.widest,
+        longest=case.phases.longest(kernels.blocks),
     )
     steps = torch.zeros(1, dtype=torch.int32, device="cuda")
     gelu = bool(more)
@@ -159,4 +160,5 @@ def test_what_does_not_fit_is_refused(kernels: Any) -> None:
             own=None,
             inner=256 * 300,
             widest=300,
+            longest=100,
         )

@@ -178,6 +178,7 @@ def layer_requests(turn: int) -> None:
             own=None,
             inner=512,
             widest=32,
+            longest=50,
         )
 
 

@@ -44,8 +44,9 @@ class FusedLayers:
         phases = _phases(decoder, plan, rank) if tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN else []
         types = type_pair(w for p in phases for m in p.products for w in m.weights)
         widest = max((p.widest for p in phases), default=0)
-        fits = types is not None and hidden % 8 == 0 and stages_for(types, tokens, widest, tiles.shared_limit) >= 2
-        if not all(group.gather_objects(fits)):
+        longest = max((p.longest(tiles.blocks) for p in phases), default=0)
+        depth = stages_for(types, tokens, widest, longest, tiles.shared_limit) if types else 0
+        if not all(group.gather_objects(depth >= 2 and hidden % 8 == 0)):
             return None
         size = places_bytes(hidden, tokens, group.size)
         places = _own_places(size, tiles.device) if group.size == 1 else _shared_places(group, size)
@@ -62,6 +63,7 @@ class FusedLayers:
             own=places[1],
             inner=phases[0].down.weights[0].cols,
             widest=widest,
+            longest=longest,
         )
         return cls(decoder, phases, kernel, decoder.dtype, gelu=plan.spec.activation == "gelu_tanh")
 

@@ -37,55 +37,75 @@ struct Fixed {
     Phase phases[PHASES];
     float* places[RANKS];  // of the current set, on every rank
     float sums[2][WARPS];
-    int arrived[DEPTH];        // warps that have put their part of a row group there
-    volatile int done[DEPTH];  // row groups that were added up there
+    int jobs[PHASES];          // of this block
+    int arrived[DEPTH];        // warps that have put their part of a job there
+    volatile int done[DEPTH];  // jobs that were added up there
 };
 
-// Where a warp stands: row group of a matrix of a phase, and the super-block in it.
-struct Place {
-    int phase, part, group, kb;
+// A job is one row group of a matrix: 16 rows; or, of GATED, of both its matrices. Jobs are dealt to blocks in turn, the
+// row groups of a phase's matrices counted through.
+struct Job {
+    int part, group;
 };
+__device__ __forceinline__ int jobs_of(const Phase& p, int phase) {
+    const int groups = phase == GATED ? p.groups(0) : p.groups(0) + p.groups(1) + p.groups(2);
+    return groups > (int)blockIdx.x ? (groups - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x : 0;
+}
+__device__ __forceinline__ Job job_at(const Phase& p, int phase, int number) {
+    Job job = {0, (int)blockIdx.x + number * (int)gridDim.x};
+#pragma unroll
+    for (int part = 0; part < 2; part++)
+        if (phase != GATED && job.part == part && job.group >= p.groups(part)) {
+            job.group -= p.groups(part);
+            job.part++;
+        }
+    return job;
+}
 
-__device__ __forceinline__ bool settled(const Phase& p, Place& at) {
-    for (; at.part < 3; at.part++) {
-        const int groups = p.groups(at.part);
-        if (at.group < groups) return true;
-        at.group -= groups;
+// The tiles of a block's jobs are dealt to its warps in turn, on from one job to the next, anew in every phase. A warp's
+// list holds the address of every tile it will want, in order, with bit 0 set where that is a tile of TYPE_B (they lie at
+// multiples of 16). Returns their number.
+__device__ __forceinline__ int list_tiles(const Fixed& fixed, u64* list) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    int listed = 0;
+    for (int phase = 0; phase < PHASES; phase++) {
+        const Phase& p = fixed.phases[phase];
+        const int tiles = phase == GATED ? 2 * p.n_kb : p.n_kb, total = fixed.jobs[phase] * tiles;
+        const int count = total > warp ? (total - warp + WARPS - 1) / WARPS : 0;
+        for (int i = lane; i < count; i += 32) {
+            const int at = warp + i * WARPS, number = at / tiles;
+            int kb = at - number * tiles;
+            Job job = job_at(p, phase, number);
+            if (kb >= p.n_kb) {
+                kb -= p.n_kb;
+                job.part = 1;
+            }
+            const size_t tile = (size_t)job.group * p.n_kb + kb;
+            const bool second = (p.kinds >> job.part) & 1;
+            list[listed + i] = (u64)(p.w[job.part] + tile * (second ? TYPE_B::TILE : TYPE::TILE)) | second;
+        }
+        listed += count;
     }
-    return false;
+    __syncwarp();
+    return listed;
 }
-__device__ __forceinline__ bool first_rows(const Phase* phases, Place& at) {
-    at.part = 0;
-    at.group = blockIdx.x;
-    if (at.phase == GATED) return at.group < phases[GATED].groups(0);
-    return settled(phases[at.phase], at);
-}
-// The block's next row group of the phase; of GATED's two matrices the same rows one after the other.
-__device__ __forceinline__ bool next_rows(const Phase* phases, Place& at) {
-    if (at.phase == GATED) {
-        at.part ^= 1;
-        if (at.part == 0) at.group += gridDim.x;
-        return at.group < phases[GATED].groups(0);
+
+// ring_fill of gemv.cu with a size known only at run time.
+__device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int lane) {
+    const u8* source = (const u8*)(tile & ~1ull);
+#if HAS_BULK
+    if (lane == 0) {
+        const u32 b = shared_address(bar), bytes = tile & 1 ? TYPE_B::TILE : TYPE::TILE;
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(stage)),
+                     "l"(source), "r"(bytes), "r"(b)
+                     : "memory");
     }
-    at.group += gridDim.x;
-    return settled(phases[at.phase], at);
-}
-// Tiles of the block's row groups are dealt to warps in turn, on from one row group to the next.
-__device__ __forceinline__ void settle_warp(const Phase* phases, Place& at, int warp) {
-    while (at.phase < PHASES && at.kb >= phases[at.phase].n_kb) {
-        at.kb -= phases[at.phase].n_kb;
-        if (next_rows(phases, at)) continue;
-        do {
-            at.phase++;
-            at.kb = warp;
-        } while (at.phase < PHASES && !first_rows(phases, at));
-    }
-}
-__device__ __forceinline__ void first_tile(const Phase* phases, Place& at, int warp) {
-    at.phase = 0;
-    at.kb = warp;
-    while (at.phase < PHASES && !first_rows(phases, at)) at.phase++;
-    settle_warp(phases, at, warp);
+#else
+    if (tile & 1) ring_fill<TYPE_B::TILE>(stage, source, bar, lane);
+    else ring_fill<TYPE::TILE>(stage, source, bar, lane);
+#endif
 }
 
 // ---- numbers that other blocks and other GPUs put into place ----
@@ -281,11 +301,114 @@ __device__ __forceinline__ void take_inner(const unsigned short* inner, const Ph
     }
 }
 
+// ---- one token's tile ----
+//
+// With one token only two of the tensor cores' eight columns are in use. Here the four pairs of columns take four
+// sub-blocks: of sub-block s, columns 2 (s % 4) and the next have the activations and the others zeros, so one set of
+// sums holds four sub-blocks' dot products, each in the lanes (c = lane % 4) that then scale it: a quarter of the
+// multiplications. The lanes' results still have to be added; other types' tiles give zeros in the lanes with c > 0.
+
+template <class T>
+struct OneToken {
+    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
+        T::tile(t, x, kb, 2, lane, y);
+    }
+};
+
+__device__ __forceinline__ int own_byte(u32 word, int c) { return (word >> (8 * c)) & 0xff; }
+
+__device__ __forceinline__ void finish_one(const Activations& x, int kb, const float (&v)[4], float (&y)[4]) {
+    const float2 s = *(const float2*)(x.scale + kb * 8);
+    y[0] += s.x * v[0];
+    y[1] += s.y * v[1];
+    y[2] += s.x * v[2];
+    y[3] += s.y * v[3];
+}
+
+// Dot products of sub-blocks of 32: d[0] of 0 to 3, d[1] of 4 to 7, of rows g and g + 8, high and low.
+template <class Q>
+__device__ __forceinline__ void dots_of_32(const u8* t, const Activations& x, int kb, int lane, int (&d)[2][4]) {
+    const int c = lane & 3, pair = lane >> 3, n = (lane >> 2) & 1;
+    const typename Q::High high = Q::high(t, lane);
+    uint2 b[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+        b[h] = *(const uint2*)(x.quants + ((((size_t)kb * 4 + 2 * h + (pair >> 1)) * 2 + n) * 4 + c) * 16 + (pair & 1) * 8);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[h][i] = 0;
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            Fragment f[2];
+            Q::get(t, 2 * h + j, lane, high, f[0], f[1]);
+#pragma unroll
+            for (int p = 0; p < 2; p++) {
+                const bool mine = pair == 2 * j + p;
+                mma_k32(d[h], f[p].a0, f[p].a1, f[p].a2, f[p].a3, mine ? b[h].x : 0u, mine ? b[h].y : 0u);
+            }
+        }
+    }
+}
+
+template <class Q>
+struct OneToken<Scaled32Minimum<Q>> {
+    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
+        const int g = lane >> 2, c = lane & 3;
+        const uint4 r0 = *(const uint4*)(t + Q::BYTES + g * 16), r1 = *(const uint4*)(t + Q::BYTES + (g + 8) * 16);
+        int d[2][4], m[4] = {0, 0, 0, 0};
+        dots_of_32<Q>(t, x, kb, lane, d);
+        minimums<8>(x, kb, 2, lane, c == 0 ? r0.z : c == 1 ? r0.w : 0u, c == 0 ? r1.z : c == 1 ? r1.w : 0u, m);
+        const int s0 = own_byte(r0.x, c), s1 = own_byte(r0.y, c), u0 = own_byte(r1.x, c), u1 = own_byte(r1.y, c);
+        const float2 f = halves(t + Q::BYTES + 256 + g * 4), h = halves(t + Q::BYTES + 256 + (g + 8) * 4);
+        const float v[4] = {f.x * (s0 * d[0][0] + s1 * d[1][0]) - f.y * m[0], f.x * (s0 * d[0][1] + s1 * d[1][1]) - f.y * m[1],
+                            h.x * (u0 * d[0][2] + u1 * d[1][2]) - h.y * m[2], h.x * (u0 * d[0][3] + u1 * d[1][3]) - h.y * m[3]};
+        finish_one(x, kb, v, y);
+    }
+};
+
+template <class Q>
+struct OneToken<Scaled16<Q, false>> {
+    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
+        const int g = lane >> 2, c = lane & 3, pair = lane >> 3, n = (lane >> 2) & 1;
+        const uint4 r0 = *(const uint4*)(t + Q::BYTES + g * 16), r1 = *(const uint4*)(t + Q::BYTES + (g + 8) * 16);
+        const typename Q::High high = Q::high(t, lane);
+        int acc[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            Fragment f[2];
+            Q::get(t, j, lane, high, f[0], f[1]);
+            const u32 b = *(const u32*)(x.quants + ((((size_t)kb * 4 + j) * 2 + n) * 4 + c) * 16 + 4 * pair);
+            int d[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                const Fragment& q = f[s >> 1];
+                mma_k16(d, s & 1 ? q.a2 : q.a0, s & 1 ? q.a3 : q.a1, pair == s ? b : 0u);
+            }
+            const int k0 = (signed char)own_byte(word_of(r0, j), c), k1 = (signed char)own_byte(word_of(r1, j), c);
+            acc[0] += k0 * d[0];
+            acc[1] += k0 * d[1];
+            acc[2] += k1 * d[2];
+            acc[3] += k1 * d[3];
+        }
+        const u8* at = t + Q::BYTES + 256;
+        const float f = half_to_float(*(const unsigned short*)(at + g * 2)), h = half_to_float(*(const unsigned short*)(at + (g + 8) * 2));
+        const float v[4] = {f * acc[0], f * acc[1], h * acc[2], h * acc[3]};
+        finish_one(x, kb, v, y);
+    }
+};
+
+template <class T>
+__device__ __forceinline__ void tile_of(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
+    if (TOKENS == 1) OneToken<T>::tile(t, x, kb, lane, y);
+    else T::tile(t, x, kb, BATCH, lane, y);
+}
+
 // ---- sums over the block's warps ----
 
-// Puts a warp's part of the block's row group number `number` (of one matrix, or two) with the others':
+// Puts a warp's part of the block's job number `number`, of all its jobs, with the others':
 // partial [DEPTH][WARPS][2][TOKENS][16 rows]. True in the warp that came last: it has all of them. No warp waits, unless it
-// is DEPTH row groups ahead of another.
+// is DEPTH jobs ahead of another.
 __device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const float (&mine)[2][2], int number) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slot = number % DEPTH, n = lane & 3;
     while (fixed.done[slot] < number / DEPTH) {}
@@ -308,7 +431,7 @@ __device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const float
 }
 
 // By one warp: adds up 16 rows in warp order, and stores them where their readers look.
-__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Place& at, int phase, int number,
+__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Job& at, int phase, int number,
                                             unsigned short* inner, void* out, int float_out, int gelu, int rank) {
     const int lane = threadIdx.x & 31, n = lane >> 4, row = at.group * ROWS + (lane & 15);
     if (n >= TOKENS) return;
@@ -351,12 +474,13 @@ __device__ __forceinline__ void clear(uint4* at, size_t count, u32 value) {
 // turns. out: [TOKENS][rows of NEXT], 16 bits, or float where float_out. places: for every rank the address of its float
 // [3 sets][2][RANKS][TOKENS][HIDDEN]. inner: 16-bit [3 sets][TOKENS][columns of DOWN]. turn: one integer on the device, the
 // count of steps modulo 3; a step launches this kernel `launches` times, and this is number `launch` of them.
-// widest: super-blocks of the phase with the most columns. HIDDEN and all columns are multiples of 8.
+// widest: super-blocks of the phase with the most columns. longest: tiles of the warp with the most. HIDDEN and all columns
+// are multiples of 8.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     layer(MATRICES(o), MATRICES(g), MATRICES(d), MATRICES(x), const u8* mixed, const float* residual_in, float* residual_out,
           const float* __restrict__ ffn_norm, const float* __restrict__ post_attention_norm, const float* __restrict__ next_norm,
           const float* __restrict__ post_ffn_norm, float eps, void* out, int float_out, int gelu, float* const* places,
-          unsigned short* inner, const int* steps, int launches, int launch, int rank, int widest) {
+          unsigned short* inner, const int* steps, int launches, int launch, int rank, int widest, int longest) {
     extern __shared__ __align__(128) u8 shared[];
     constexpr int TILE = TYPE::TILE > TYPE_B::TILE ? TYPE::TILE : TYPE_B::TILE;
     u8* ring = shared;
@@ -367,6 +491,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     static_assert(sizeof(Fixed) <= FIXED_BYTES, "the host leaves too little room");
     u8* quants = (u8*)(scale + widest * 8);
     const Inputs in = {quants, quants + (size_t)widest * 256 * BATCH, scale};
+    u64* list = (u64*)(in.sums + (size_t)widest * 48 * BATCH) + (size_t)(threadIdx.x >> 5) * longest;
     const Activations act = {in.quants, in.sums, in.scale};
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 
@@ -385,33 +510,28 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         fixed.phases[DOWN] = down;
         fixed.phases[NEXT] = next;
         for (int i = 0; i < DEPTH; i++) fixed.arrived[i] = fixed.done[i] = 0;
+        for (int i = 0; i < PHASES; i++) fixed.jobs[i] = jobs_of(fixed.phases[i], i);
     }
     __syncthreads();
     const Phase* phases = fixed.phases;
-    Place ahead;  // of the copies, NSTAGES tiles before the sums
-    first_tile(phases, ahead, warp);
+    const int listed = list_tiles(fixed, list);
+    int ahead = 0;  // of the copies, NSTAGES tiles before the sums
     auto fill = [&](int stage) {
-        if (ahead.phase < PHASES) {
-            const Phase& p = phases[ahead.phase];
-            const size_t tile = (size_t)ahead.group * p.n_kb + ahead.kb;
-            u8* target = my_ring + (size_t)stage * TILE;
-            if ((p.kinds >> ahead.part) & 1) ring_fill<TYPE_B::TILE>(target, p.w[ahead.part] + tile * TYPE_B::TILE, my_bars + stage, lane);
-            else ring_fill<TYPE::TILE>(target, p.w[ahead.part] + tile * TYPE::TILE, my_bars + stage, lane);
-            ahead.kb += WARPS;
-            settle_warp(phases, ahead, warp);
-        }
+        if (ahead < listed) fill_stage(my_ring + (size_t)stage * TILE, list[ahead], my_bars + stage, lane);
+        ahead++;
 #if HAS_ASYNC && !HAS_BULK
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     };
     for (int s = 0; s < NSTAGES; s++) fill(s);
 
-    wait_for_previous_kernel();
+    // The count of steps was there before the step's first kernel.
     constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN;
     const int set = (*(volatile const int*)steps * (launches % 3) + launch) % 3, stale = (set + 2) % 3;
     const size_t inner_size = (size_t)TOKENS * phases[DOWN].columns;
     if (threadIdx.x < RANKS) fixed.places[threadIdx.x] = places[threadIdx.x] + set * 2 * PART;
     unsigned short* my_inner = inner + set * inner_size;
+    wait_for_previous_kernel();
     float residual[TOKENS][ITEMS][8];
 #pragma unroll
     for (int n = 0; n < TOKENS; n++)
@@ -423,7 +543,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             if (k < HIDDEN) load_eight(residual_in + (size_t)n * HIDDEN + k, residual[n][j]);
         }
 
-    int stage = 0, turn = 0, row_group = 0;
+    int stage = 0, turn = 0, job_number = 0;
     u32 parity = 0;
 #pragma unroll 1
     for (int phase = 0; phase < PHASES; phase++) {
@@ -442,11 +562,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             clear((uint4*)(fixed.places[rank] + (stale - set) * (int)(2 * PART)), 2 * PART / 4, NOTHING);
             clear((uint4*)(inner + stale * inner_size), inner_size / 8, NOTHING_TWICE);
         }
-        const int n_kb = p.n_kb;
-        Place at;
-        at.phase = phase;
+        const int n_kb = p.n_kb, jobs = fixed.jobs[phase];
         int kb = warp;
-        for (bool more = first_rows(phases, at); more; row_group++) {
+        for (int number = 0; number < jobs; number++, job_number++) {
+            const Job job = job_at(p, phase, number);
             // Columns of high and low parts are neighbours in a lane: lanes of column pair n hold token n.
             float mine[2][2];
 #pragma unroll
@@ -454,7 +573,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 mine[part][0] = mine[part][1] = 0.f;
                 if (part == 1 && phase != GATED) break;
                 float acc[4] = {0.f, 0.f, 0.f, 0.f};
-                const bool second = (p.kinds >> (at.part + part)) & 1;
+                const bool second = (p.kinds >> (job.part + part)) & 1;
                 for (; kb < n_kb; kb += WARPS) {
 #if HAS_BULK
                     ring_wait(my_bars + stage, parity);
@@ -463,8 +582,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                     __syncwarp();
 #endif
                     const u8* tile = my_ring + (size_t)stage * TILE;
-                    if (second) TYPE_B::tile(tile, act, kb, BATCH, lane, acc);
-                    else TYPE::tile(tile, act, kb, BATCH, lane, acc);
+                    if (second) tile_of<TYPE_B>(tile, act, kb, lane, acc);
+                    else tile_of<TYPE>(tile, act, kb, lane, acc);
                     __syncwarp();
                     fill(stage);
                     if (++stage == NSTAGES) { stage = 0; parity ^= 1; }
@@ -472,21 +591,22 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 kb -= n_kb;
                 mine[part][0] = acc[0] + acc[1];
                 mine[part][1] = acc[2] + acc[3];
-            }
-            if (add_up(fixed, partial, mine, row_group)) {
-                finish_rows(fixed, partial, p, at, phase, row_group, my_inner, out, float_out, gelu, rank);
-                __syncwarp();
-                if (lane == 0) {
-                    fixed.arrived[row_group % DEPTH] = 0;
-                    __threadfence_block();
-                    fixed.done[row_group % DEPTH] = row_group / DEPTH + 1;
+                if (TOKENS == 1) {
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        mine[part][half] += __shfl_xor_sync(0xffffffff, mine[part][half], 1);
+                        mine[part][half] += __shfl_xor_sync(0xffffffff, mine[part][half], 2);
+                    }
                 }
             }
-            if (phase == GATED) {
-                at.group += gridDim.x;
-                more = at.group < p.groups(0);
-            } else {
-                more = next_rows(phases, at);
+            if (add_up(fixed, partial, mine, job_number)) {
+                finish_rows(fixed, partial, p, job, phase, job_number, my_inner, out, float_out, gelu, rank);
+                __syncwarp();
+                if (lane == 0) {
+                    fixed.arrived[job_number % DEPTH] = 0;
+                    __threadfence_block();
+                    fixed.done[job_number % DEPTH] = job_number / DEPTH + 1;
+                }
             }
         }
         __syncthreads();  // the activations are not needed any more

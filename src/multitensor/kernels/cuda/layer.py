@@ -14,9 +14,10 @@ from multitensor.kernels.quant_tensor import QuantTensor
 
 MAX_TOKENS = 2
 MAX_HIDDEN = 16384
-MAX_STAGES = 4
+MAX_STAGES = 2  # measured: more copies under way make the numbers that are waited for come later
 _FIXED_BYTES = 640  # struct Fixed of layer.cu, for up to 16 ranks
 _SETS = 3
+_GATED = 1  # of the four products
 _NULL = torch.empty(0)  # its address is 0
 
 
@@ -53,6 +54,16 @@ class LayerPhases:
     def products(self) -> tuple[Matrices, Matrices, Matrices, Matrices]:
         return self.output, self.gated, self.down, self.following
 
+    def longest(self, blocks: int) -> int:
+        """Tiles that a block's warp gets at most, of the row groups that are dealt to `blocks` blocks in turn."""
+        total = 0
+        for number, matrices in enumerate(self.products):
+            groups = [w.tiles.shape[0] for w in matrices.weights]
+            tiles = matrices.weights[0].column_blocks
+            jobs, each = (groups[0], 2 * tiles) if number == _GATED else (sum(groups), tiles)
+            total += -(-(-(-jobs // blocks) * each) // WARPS)
+        return total
+
     @property
     def widest(self) -> int:
         """Super-blocks of 256 columns of the widest input."""
@@ -75,6 +86,7 @@ class LayerKernel:
 
     places: int64 [ranks] on the device, for every rank the address of `places_bytes` bytes of its memory as this GPU
     sees it, all of them -0.0 at first. own: what keeps this rank's places alive. inner: columns of the down projection.
+    widest, longest: the most that any LayerPhases of its launches has.
     """
 
     def __init__(
@@ -90,15 +102,16 @@ class LayerKernel:
         own: object,
         inner: int,
         widest: int,
+        longest: int,
     ) -> None:
-        stages = stages_for(types, tokens, widest, tiles.shared_limit)
+        stages = stages_for(types, tokens, widest, longest, tiles.shared_limit)
         if stages < 2:
             raise ValueError(f"{tokens} tokens of {256 * widest} columns leave no room for a ring of weights")
         self._tiles, self._types, self._rank, self._own = tiles, types, rank, own
-        self._places, self._widest, self._tokens = places, widest, tokens
+        self._places, self._widest, self._longest = places, widest, longest
         # -0.0 as well: see layer.cu
         self._inner = torch.full((_SETS, tokens, inner), -(1 << 15), dtype=torch.int16, device=tiles.device)
-        self._shared = shared_bytes(types, tokens, widest, stages)
+        self._shared = shared_bytes(types, tokens, widest, longest, stages)
         defines = {
             "TYPE": types[0],
             "TYPE_B": types[1],
@@ -133,7 +146,7 @@ class LayerKernel:
             *(argument for matrices in phases.products for argument in _arguments(matrices, self._types)),
             *(mixed, residual, new_residual, phases.ffn_norm, _or_null(phases.post_attention_norm)),
             *(phases.next_norm, _or_null(phases.post_ffn_norm), float(eps), out, int(phases.logits), int(gelu)),
-            *(self._places, self._inner, steps, launches, number, self._rank, self._widest),
+            *(self._places, self._inner, steps, launches, number, self._rank, self._widest, self._longest),
         )
         grid, threads = self._tiles.blocks, 32 * WARPS
         launch(self._kernel, grid, threads, self._shared, arguments, overlap=self._tiles.overlap)
@@ -144,15 +157,16 @@ def places_bytes(hidden: int, tokens: int, ranks: int) -> int:
     return _SETS * 2 * ranks * tokens * hidden * 4
 
 
-def stages_for(types: tuple[str, str], tokens: int, widest: int, limit: int) -> int:
+def stages_for(types: tuple[str, str], tokens: int, widest: int, longest: int, limit: int) -> int:
     """How deep the ring of weight copies can be; less than 2: the kernel cannot serve."""
-    return max((s for s in range(MAX_STAGES + 1) if shared_bytes(types, tokens, widest, s) <= limit), default=0)
+    depths = range(MAX_STAGES + 1)
+    return max((s for s in depths if shared_bytes(types, tokens, widest, longest, s) <= limit), default=0)
 
 
-def shared_bytes(types: tuple[str, str], tokens: int, widest: int, stages: int) -> int:
-    """Dynamic shared memory of a block: ring and barriers, parts of sums, what stays fixed, activations."""
+def shared_bytes(types: tuple[str, str], tokens: int, widest: int, longest: int, stages: int) -> int:
+    """Dynamic shared memory of a block: ring and barriers, parts of sums, what stays fixed, activations, lists."""
     ring = WARPS * stages * (max(TILE_BYTES[name] for name in types) + 8)
-    return ring + 2 * WARPS * 512 + _FIXED_BYTES + widest * (32 + 2 * tokens * (256 + 48))
+    return ring + 2 * WARPS * 512 + _FIXED_BYTES + widest * (32 + 2 * tokens * (256 + 48)) + 8 * WARPS * longest
 
 
 def _arguments(matrices: Matrices, types: tuple[str, str]) -> Sequence[object]:
