@@ -23,6 +23,7 @@ from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder
+from multitensor.model.linear import joint_matrices
 from multitensor.parallel.group import Group
 from multitensor.sharding.memory import peer_memory_bytes
 from multitensor.sharding.plan import Plan
@@ -125,6 +126,7 @@ class ModelRunner:
         stages = Stages()
         adopt = self.kernels.adopt
         self.weights = load_rank(self.checkpoint, self.plan, self.rank, self.device, progress, adopt)
+        self.kernels.join(self.weights, joint_matrices(self.plan.spec.n_layers))
         stages.end("weights")
         self._decoder = Decoder(self.plan, self.rank, self.weights, self.kernels, self.group, self.dtype, self.device)
         shape = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
@@ -31,6 +31,9 @@ class Kernels:
         """Some of a rank's weights, just loaded, in the layout that these kernels want: once each, before the model is
         built."""
         return dict(weights)
+
+    def join(self, weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:
+        """May put the weights of each group, which will be multiplied by the same activations, next to each other."""
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         """hidden [S, w.cols] -> float32 [S, w.rows]. Sums of bfloat16 products are kept in float32: rounded to

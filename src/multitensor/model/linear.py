@@ -33,3 +33,9 @@ def vector(weights: Weights, name: str) -> torch.Tensor:
 def optional_vector(weights: Weights, name: str) -> torch.Tensor | None:
     """As `vector`; None where the model, or the rank, has none."""
     return vector(weights, name) if name in weights else None
+
+
+def joint_matrices(n_layers: int) -> list[tuple[str, ...]]:
+    """Names of the matrices of every layer that take the same activations: query, key and value; gate and up."""
+    groups = [("attn_q", "attn_k", "attn_v"), ("ffn_gate", "ffn_up")]
+    return [tuple(f"blk.{i}.{name}.weight" for name in group) for i in range(n_layers) for group in groups]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
 
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
+from multitensor.kernels.cuda.joined import join_planes, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
@@ -45,6 +46,9 @@ class CudaKernels(Kernels):
             adopted[name] = weight
         return adopted
 
+    def join(self, weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:
+        join_planes(weights, groups)
+
     def _expander(self, w: TiledTensor, rows: slice | torch.Tensor | None) -> torch.Tensor:
         if isinstance(rows, torch.Tensor):
             return self.tile_kernels.gather(w, rows, torch.float32)
@@ -67,6 +71,9 @@ class CudaKernels(Kernels):
         tiled = self._few(weights, x)
         if tiled is not None:
             return self._multiply(x, tiled, joined_biases(biases, weights))
+        y = self._joined_product(x, weights, biases)
+        if y is not None:
+            return y
         every = biases or [None] * len(weights)
         return torch.cat([self.linear(x, w, bias) for w, bias in zip(weights, every, strict=True)], dim=1)
 
@@ -89,6 +96,9 @@ class CudaKernels(Kernels):
     ) -> list[torch.Tensor]:
         tiled = self._few(weights, x)
         if tiled is None:
+            joined = self._joined_product(x, weights, biases)
+            if joined is not None:
+                return list(joined.split([w.rows for w in weights], dim=1))
             return super().linears(x, weights, biases)
         y = self._multiply(x, tiled, joined_biases(biases, weights))
         return list(y.split([w.rows for w in weights], dim=1))
@@ -104,6 +114,9 @@ class CudaKernels(Kernels):
     ) -> torch.Tensor:
         tiled = self._few((gate, up), x)
         if tiled is None:
+            joined = self._joined_product(x, (gate, up), (gate_bias, up_bias))
+            if joined is not None:
+                return self.gated_activation(joined[:, : gate.rows], joined[:, gate.rows :], kind)
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
         return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
 
@@ -117,6 +130,18 @@ class CudaKernels(Kernels):
         if self._few(tiled, hidden) is not None:
             return self.partial_linear(hidden, w)
         return torch.cat([self._product(hidden, part) for _, part in self._parts(tiled[0], hidden.dtype)], dim=1)
+
+    def _joined_product(
+        self, x: torch.Tensor, weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None
+    ) -> torch.Tensor | None:
+        """x [T, cols] times float weights that lie one behind the other -> [T, all rows]; None where they do not."""
+        plane = joined_plane(weights)
+        if plane is None or plane.dtype != x.dtype:
+            return None
+        few = self._few_floats(x, plane)
+        y = self.float_kernels.multiply(x, plane) if few else torch.mm(x, plane.T)
+        bias = joined_biases(biases, weights)
+        return y if bias is None else y.add_(bias.to(y.dtype))
 
     @staticmethod
     def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
