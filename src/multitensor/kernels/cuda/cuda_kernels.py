@@ -129,12 +129,18 @@ class CudaKernels(Kernels):
             return super().logits(hidden, w)
         if self._few(tiled, hidden) is not None:
             return self.partial_linear(hidden, w)
-        return torch.cat([self._product(hidden, part) for _, part in self._parts(tiled[0], hidden.dtype)], dim=1)
+        return torch.cat([self._float_product(hidden, part) for _, part in self._parts(tiled[0], hidden.dtype)], dim=1)
 
     def _joined_product(
         self, x: torch.Tensor, weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None
     ) -> torch.Tensor | None:
-        """x [T, cols] times float weights that lie one behind the other -> [T, all rows]; None where they do not."""
+        """x [T, cols] times float weights that lie one behind the other, or tiled ones that fit the scratch together
+        -> [T, all rows]; None for others."""
+        tiled = self._tiled(weights, x)
+        if tiled is not None and len({w.cols for w in tiled}) == 1:
+            numbers = sum(w.rows for w in tiled) * tiled[0].cols
+            if numbers * x.element_size() <= EXPAND_BYTES:
+                return _product(x, self.tile_kernels.expand_joined(tiled, x.dtype), joined_biases(biases, weights))
         plane = joined_plane(weights)
         if plane is None or plane.dtype != x.dtype:
             return None
@@ -144,7 +150,7 @@ class CudaKernels(Kernels):
         return y if bias is None else y.add_(bias.to(y.dtype))
 
     @staticmethod
-    def _product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def _float_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if "dtype" in torch.ops.aten.mm.overloads():  # since torch 2.8
             return torch.mm(x, w.T, out_dtype=torch.float32)
         return torch.mm(x, w.T).float()
@@ -193,11 +199,21 @@ class CudaKernels(Kernels):
             yield first, self.tile_kernels.expand(w, dtype, first, rows)
 
     def _expanded_linear(self, x: torch.Tensor, w: TiledTensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Many tokens: the weights as numbers in x's type, some rows at a time, and cuBLAS."""
-        y = x.new_empty((x.shape[0], w.rows))
+        """Many tokens: the weights as numbers in x's type, some rows at a time, and cuBLAS, each part to its place."""
+        y: torch.Tensor | None = None
         for first, numbers in self._parts(w, x.dtype):
-            y[:, first : first + len(numbers)] = torch.mm(x, numbers.T)
+            if len(numbers) == w.rows:
+                return _product(x, numbers, bias)
+            y = x.new_empty((x.shape[0], w.rows)) if y is None else y
+            torch.mm(x, numbers.T, out=y[:, first : first + len(numbers)])
+        if y is None:
+            raise ValueError("a tiled matrix without rows")
         return y if bias is None else y.add_(bias.to(y.dtype))
+
+
+def _product(x: torch.Tensor, numbers: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [T, K] times numbers [N, K], plus bias [N] of any float type: [T, N]."""
+    return torch.mm(x, numbers.T) if bias is None else torch.addmm(bias.to(x.dtype), x, numbers.T)
 
 
 def joined_biases(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[QuantTensor]) -> torch.Tensor | None:

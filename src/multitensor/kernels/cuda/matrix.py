@@ -108,6 +108,14 @@ class TileKernels:
             self._expand(w, out, first_row // ROWS, -(-count // ROWS), first_row + count, None)
         return out
 
+    def expand_joined(self, weights: Sequence[TiledTensor], dtype: torch.dtype) -> torch.Tensor:
+        """The numbers of weights of equal columns, one behind the other: [all rows, cols]."""
+        rows = [w.rows for w in weights]
+        out = torch.empty((sum(rows), weights[0].cols), dtype=dtype, device=self.device)
+        for w, part in zip(weights, out.split(rows), strict=True):
+            self._expand(w, part, 0, -(-w.rows // ROWS), w.rows, None)
+        return out
+
     def gather(self, w: TiledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows ids (int64 [T], each within [0, rows)) as numbers [T, cols]."""
         out = torch.empty((len(ids), ROWS, w.cols), dtype=dtype, device=self.device)
