@@ -12,10 +12,12 @@ from random_weights import random_tensor
 from multitensor.kernels import reference
 from multitensor.kernels.cuda import cuda_kernels
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
+from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.tiles import ROWS, TiledTensor, to_tiles
 from multitensor.kernels.dequantize import dequantize
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.parallel.group import SingleGroup
 
 HALF = torch.float16
 TOKENS = 70  # more than any kernel for few tokens takes
@@ -104,3 +106,42 @@ def test_gate_and_up(kernels: CudaKernels) -> None:
     g, u = (reference.linear(x.float(), tiles.planes[w.tiles.data_ptr()]) for w in (gate, up))
     found = kernels.gated_linear(x, gate, up, "silu")
     assert close(found, reference.gated_activation(g, u, "silu"))
+
+
+class PlainNorm(DecodeKernels):
+    """Says what the kernel would be asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[torch.dtype, bool]] = []
+
+    def add_rms_norm(self, residual: torch.Tensor, partial: Any, *args: Any, **options: Any) -> None:
+        weight, eps, out = args
+        self.asked.append((out.dtype, options["post_weight"] is not None))
+        out.copy_(reference.add_rms_norm(partial, residual, weight, eps, options["offset"], options["post_weight"])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("post", [False, True])
+def test_norms_take_the_kernel(kernels: CudaKernels, dtype: torch.dtype, post: bool) -> None:
+    kernels.decode_kernels = norm = PlainNorm()
+    x, residual, weight = torch.randn(TOKENS, 576).to(dtype), torch.randn(TOKENS, 576), torch.rand(576)
+    post_weight = torch.rand(576) if post else None
+    wanted = reference.add_rms_norm(x, residual.clone(), weight, 1e-5, 0.0, post_weight)
+    group = SingleGroup()
+    group.kernels = kernels
+    found, same = group.reduce_add_norm(x, residual, weight, 1e-5, post_weight)
+    assert same is residual and torch.equal(found, wanted[0]) and torch.equal(residual, wanted[1])
+    assert norm.asked == [(dtype, post)]
+
+
+@pytest.mark.parametrize("odd", ["float32", "width", "stride", "residual", "weight", "empty"])
+def test_norms_that_the_kernel_does_not_take(kernels: CudaKernels, odd: str) -> None:
+    kernels.decode_kernels = norm = PlainNorm()
+    width, tokens = 578 if odd == "width" else 576, 0 if odd == "empty" else TOKENS
+    x = torch.randn(tokens, width).to(torch.float32 if odd == "float32" else HALF)
+    x = torch.cat((x, x), dim=1)[:, :width] if odd == "stride" else x
+    residual = torch.randn(tokens, width).to(HALF if odd == "residual" else torch.float32)
+    weight = torch.rand(width).to(HALF if odd == "weight" else torch.float32)
+    wanted = reference.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    found, _ = kernels.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(found, wanted[0]) and torch.equal(residual, wanted[1]) and not norm.asked

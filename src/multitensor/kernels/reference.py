@@ -74,10 +74,16 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float = 0.0,
+    post_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """residual += x, in place; returns (rms_norm(residual), residual), the first in x's dtype."""
-    residual += x
+    """residual += x, in place, or its own rms_norm with post_weight; returns (rms_norm(residual), residual), the first
+    in x's dtype."""
+    residual += x if post_weight is None else rms_norm(x, post_weight, eps, offset)
     return rms_norm(residual, weight, eps, offset).to(x.dtype), residual
 
 

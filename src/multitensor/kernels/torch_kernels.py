@@ -79,10 +79,17 @@ class Kernels:
         return reference.rms_norm(x, weight, eps, offset)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual += x, in place; returns (rms_norm(residual), residual)."""
-        return reference.add_rms_norm(x, residual, weight, eps, offset)
+        """residual += x, in place, or rms_norm(x, post_weight) where that is given; returns (rms_norm(residual),
+        residual)."""
+        return reference.add_rms_norm(x, residual, weight, eps, offset, post_weight)
 
     def apply_rope(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, style: Literal["interleaved", "half"]

@@ -19,7 +19,7 @@ class Group(ABC):
     raise RankFailed instead of waiting for ever.
 
     kernels: what computes the norm of `reduce_add_norm`: the plain reference until the rank sets its own handle
-    (anything with `rms_norm` and `add_rms_norm` of that signature).
+    (anything with an `add_rms_norm` of that signature).
     seconds: spent in sums and gathers so far, waiting for slower ranks included; None where that is not measured.
     peer_memory: GPUs' memory that all ranks reach, once `open_peer_memory` has found it to work; carve from it alike on
     all ranks. no_peer_memory: why there is none.
@@ -85,9 +85,7 @@ class Group(ABC):
         dtype; returns (rms_norm(residual) * norm_weight in partial's dtype, residual). All [T, hidden]; the weights
         [hidden]; norms in float32. Fused by backends that can."""
         total = self.all_reduce(partial)
-        if post_norm_weight is not None:
-            total = self.kernels.rms_norm(total, post_norm_weight, eps)
-        normed, residual = self.kernels.add_rms_norm(total, residual, norm_weight, eps)
+        normed, residual = self.kernels.add_rms_norm(total, residual, norm_weight, eps, post_weight=post_norm_weight)
         return normed, residual
 
     def reduce_add_norm_into(

@@ -56,10 +56,18 @@ class CpuKernels(Kernels):
         return out if x.dtype is torch.float32 else out.to(x.dtype)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if residual.dtype is not torch.float32 or not residual.is_contiguous():
-            return super().add_rms_norm(x, residual, weight, eps, offset)
+            return super().add_rms_norm(x, residual, weight, eps, offset, post_weight)
+        if post_weight is not None:
+            x = self.rms_norm(x, post_weight, eps, offset)
         normed, residual = self.native.add_rms_norm(x, residual, weight, eps, offset)
         return (normed if x.dtype is torch.float32 else normed.to(x.dtype)), residual
 

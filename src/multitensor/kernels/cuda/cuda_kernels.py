@@ -120,6 +120,22 @@ class CudaKernels(Kernels):
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
         return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
 
+    def add_rms_norm(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        offset: float = 0.0,
+        post_weight: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        norm = self.decode_kernels
+        if not norm.norm_takes(residual, x, weight, post_weight):
+            return super().add_rms_norm(x, residual, weight, eps, offset, post_weight)
+        normed = torch.empty_like(x)
+        norm.add_rms_norm(residual, x, weight, eps, normed, post_weight=post_weight, offset=offset)
+        return normed, residual
+
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         tiled = self._tiled((w,), hidden)
         plane = w.planes.get("weight")

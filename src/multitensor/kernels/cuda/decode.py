@@ -77,6 +77,22 @@ class DecodeKernels:
         arguments = (residual, _or_null(partial), _or_null(post_weight), weight, out, float(eps), float(offset))
         launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=self.overlap)
 
+    def norm_takes(self, residual: torch.Tensor, partial: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+        """Whether `add_rms_norm` can do it with an `out` of partial's type, which is float16 or bfloat16."""
+        hidden = residual.shape[-1]
+        return (
+            partial.dtype in (torch.float16, torch.bfloat16)
+            and residual.dim() == 2
+            and residual.shape == partial.shape
+            and residual.numel() > 0
+            and hidden % 4 == 0
+            and hidden <= MAX_HIDDEN
+            and all(w is None or (w.shape == (hidden,) and _is_plain(w)) for w in weights)
+            and _is_plain(residual)
+            and partial.is_contiguous()
+            and partial.data_ptr() % 8 == 0
+        )
+
     def argmax(self, logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor, *, first: int = 0) -> None:
         """logits float32 [S, V] -> ids int64 [S] (the lowest of equals, plus `first`), largest float32 [S]. NaN counts
         as the largest value."""
@@ -300,6 +316,11 @@ def _addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[torch.Tensor
     if isinstance(k_cache, QuantCache) or isinstance(v_cache, QuantCache):
         raise ValueError("key and value caches must be alike")
     return k_cache, v_cache, _NULL, _NULL
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """float32 numbers in a row, as vectors of four."""
+    return x.dtype == torch.float32 and x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
 def _or_null(tensor: torch.Tensor | None) -> torch.Tensor:
