@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 
 import random_weights as rw
 
-from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, Matrices, places_bytes, type_pair
+from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, LayerShape, Matrices, places_bytes
 from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
 from multitensor.kernels.dequantize import dequantize
 from multitensor.parallel.peer_memory import NOTHING
@@ -106,26 +106,40 @@ CASES = {
 def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> None:
     types, hidden, heads, ffn, more = CASES[name]
     case = Case(types, hidden, heads, ffn, **more)
-    assert type_pair(w for m in case.phases.products for w in m.weights)
+    run_launches(kernels, case, dtype, tokens, {})
+
+
+@pytest.mark.parametrize("warps", [6, 8, 12])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: int) -> None:
+    """With fewer warps, and with the copies of GPUs before compute capability 9.0."""
+    types, hidden, heads, ffn, more = CASES["cut inside super-blocks, post norms"]
+    case = Case(types, hidden, heads, ffn, **more)
+    run_launches(kernels, case, torch.float16, tokens, {"warps": warps, "overlap": overlap})
+
+
+def run_launches(kernels: Any, case: Case, dtype: torch.dtype, tokens: int, options: dict[str, Any]) -> None:
+    hidden = case.hidden
+    shape = LayerShape.of([case.phases], tokens, kernels.blocks)
+    assert shape is not None
     memory = torch.full((places_bytes(hidden, tokens, 1) // 4,), NOTHING, dtype=torch.int32, device="cuda")
     kernel = LayerKernel(
         kernels,
-        types,
+        shape,
         dtype,
         hidden=hidden,
-        tokens=tokens,
         rank=0,
         places=torch.tensor([memory.data_ptr()], device="cuda"),
         own=memory,
-        inner=ffn[1] - ffn[0],
-        widest=case.phases.widest,
-        longest=case.phases.longest(kernels.blocks),
+        inner=case.down[0].cols,
+        **options,
     )
     steps = torch.zeros(1, dtype=torch.int32, device="cuda")
-    gelu = bool(more)
+    gelu = case.norms["post_ffn_norm"] is not None
     for launch in range(5 * LAUNCHES):
         steps.fill_(launch // LAUNCHES % 3)
-        mixed = torch.randn(tokens, heads[1] - heads[0], device="cuda", dtype=dtype)
+        mixed = torch.randn(tokens, case.output[0].cols, device="cuda", dtype=dtype)
         residual = torch.randn(tokens, hidden, device="cuda")
         if launch == 7:
             mixed.zero_()  # sums that are exactly zero, of either sign, must arrive
@@ -148,17 +162,7 @@ def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> No
 
 
 def test_what_does_not_fit_is_refused(kernels: Any) -> None:
+    shape = LayerShape(("Q4_K", "Q6_K"), 2, 300, (1, 1, 1, 1))
+    nowhere = torch.zeros(1, dtype=torch.int64, device="cuda")
     with pytest.raises(ValueError, match="no room"):
-        LayerKernel(
-            kernels,
-            ("Q4_K", "Q6_K"),
-            torch.float16,
-            hidden=8192,
-            tokens=2,
-            rank=0,
-            places=torch.zeros(1, dtype=torch.int64, device="cuda"),
-            own=None,
-            inner=256 * 300,
-            widest=300,
-            longest=100,
-        )
+        LayerKernel(kernels, shape, torch.float16, hidden=8192, rank=0, places=nowhere, own=None, inner=76800)

@@ -17,7 +17,7 @@ from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, reduce, small_batch
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
-from multitensor.kernels.cuda.layer import LayerKernel
+from multitensor.kernels.cuda.layer import LayerKernel, LayerShape
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
@@ -169,16 +169,15 @@ def layer_requests(turn: int) -> None:
         types = names[at % len(names)], names[(at + 4) % len(names)]
         LayerKernel(
             TileKernels(CPU),
-            types,
+            LayerShape(types, 1 + (turn + number // 2) % 2, 32, (64, 200, 60, 100)),
             HALVES[(turn + number) % 2],
             hidden=(576, 4096, 8192, 16384)[(turn + number) % 4],
-            tokens=1 + (turn + number // 2) % 2,
             rank=ranks - 1,
             places=torch.zeros(ranks, dtype=torch.int64),
             own=None,
             inner=512,
-            widest=32,
-            longest=50,
+            warps=(None, 6, 12)[(turn + number) % 3],
+            overlap=False if number % 2 else None,
         )
 
 

@@ -12,9 +12,9 @@ from multitensor.kernels.cuda.layer import (
     MAX_TOKENS,
     LayerKernel,
     LayerPhases,
+    LayerShape,
     Matrices,
     places_bytes,
-    stages_for,
     type_pair,
 )
 from multitensor.kernels.cuda.tiles import TiledTensor
@@ -42,28 +42,23 @@ class FusedLayers:
         hidden = plan.spec.hidden_size
         tiles = kernels.tile_kernels
         phases = _phases(decoder, plan, rank) if tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN else []
-        types = type_pair(w for p in phases for m in p.products for w in m.weights)
-        widest = max((p.widest for p in phases), default=0)
-        longest = max((p.longest(tiles.blocks) for p in phases), default=0)
-        depth = stages_for(types, tokens, widest, longest, tiles.shared_limit) if types else 0
-        if not all(group.gather_objects(depth >= 2 and hidden % 8 == 0)):
+        shape = LayerShape.of(phases, tokens, tiles.blocks) if phases else None
+        fits = shape is not None and shape.warps(tiles.shared_limit) > 0 and hidden % 8 == 0
+        if not all(group.gather_objects(fits)):
             return None
         size = places_bytes(hidden, tokens, group.size)
         places = _own_places(size, tiles.device) if group.size == 1 else _shared_places(group, size)
-        if places is None or types is None:
+        if places is None or shape is None:
             return None
         kernel = LayerKernel(
             tiles,
-            types,
+            shape,
             decoder.dtype,
             hidden=hidden,
-            tokens=tokens,
             rank=rank,
             places=places[0],
             own=places[1],
             inner=phases[0].down.weights[0].cols,
-            widest=widest,
-            longest=longest,
         )
         return cls(decoder, phases, kernel, decoder.dtype, gelu=plan.spec.activation == "gelu_tanh")
 

@@ -19,7 +19,8 @@ typedef unsigned long long u64;
 constexpr int WARPS = NWARPS;
 constexpr int ROWS = 16;
 
-#if __CUDA_ARCH__ >= 900
+// NO_BULK: as on older GPUs, without bulk copies and programmatic dependent launch.
+#if __CUDA_ARCH__ >= 900 && !defined(NO_BULK)
 #define HAS_BULK 1
 #else
 #define HAS_BULK 0

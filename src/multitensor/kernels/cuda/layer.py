@@ -7,14 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
-from multitensor.kernels.cuda.matrix import MAX_MATRICES, WARPS, TileKernels
+from multitensor.kernels.cuda.matrix import MAX_MATRICES, TileKernels
 from multitensor.kernels.cuda.program import Program, launch
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
 from multitensor.kernels.quant_tensor import QuantTensor
 
 MAX_TOKENS = 2
 MAX_HIDDEN = 16384
-MAX_STAGES = 2  # measured: more copies under way make the numbers that are waited for come later
+WARPS = (16, 12, 8, 6)  # of a block: the most that its multiprocessor has the memory for
+STAGES = 2  # of a warp's ring. Measured: with more copies under way the numbers that are waited for come later
 _FIXED_BYTES = 640  # struct Fixed of layer.cu, for up to 16 ranks
 _SETS = 3
 _GATED = 1  # of the four products
@@ -54,20 +55,54 @@ class LayerPhases:
     def products(self) -> tuple[Matrices, Matrices, Matrices, Matrices]:
         return self.output, self.gated, self.down, self.following
 
-    def longest(self, blocks: int) -> int:
-        """Tiles that a block's warp gets at most, of the row groups that are dealt to `blocks` blocks in turn."""
-        total = 0
+    def block_tiles(self, blocks: int) -> tuple[int, ...]:
+        """Of each product, the tiles that a block gets at most of the row groups dealt to `blocks` blocks in turn."""
+        counts = []
         for number, matrices in enumerate(self.products):
             groups = [w.tiles.shape[0] for w in matrices.weights]
             tiles = matrices.weights[0].column_blocks
             jobs, each = (groups[0], 2 * tiles) if number == _GATED else (sum(groups), tiles)
-            total += -(-(-(-jobs // blocks) * each) // WARPS)
-        return total
+            counts.append(-(-jobs // blocks) * each)
+        return tuple(counts)
 
     @property
     def widest(self) -> int:
         """Super-blocks of 256 columns of the widest input."""
         return max(matrices.weights[0].column_blocks for matrices in self.products)
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the launches of one step have in common. widest: super-blocks of the widest input. tiles: as
+    LayerPhases.block_tiles, the most of any."""
+
+    types: tuple[str, str]
+    tokens: int
+    widest: int
+    tiles: tuple[int, ...]
+
+    @staticmethod
+    def of(phases: Sequence[LayerPhases], tokens: int, blocks: int) -> LayerShape | None:
+        """None where a weight is not tiled, or there are more than two types."""
+        types = type_pair(w for p in phases for matrices in p.products for w in matrices.weights)
+        if types is None:
+            return None
+        tiles = [max(counts) for counts in zip(*(p.block_tiles(blocks) for p in phases), strict=True)]
+        return LayerShape(types, tokens, max(p.widest for p in phases), tuple(tiles))
+
+    def longest(self, warps: int) -> int:
+        """Tiles that a warp gets at most."""
+        return sum(-(-count // warps) for count in self.tiles)
+
+    def shared_bytes(self, warps: int) -> int:
+        """Dynamic shared memory of a block: ring and barriers, parts of sums, what stays fixed, activations, lists."""
+        ring = warps * STAGES * (max(TILE_BYTES[name] for name in self.types) + 8)
+        activations = self.widest * (32 + 2 * self.tokens * (256 + 48))
+        return ring + warps * 1024 + _FIXED_BYTES + activations + 8 * warps * self.longest(warps)
+
+    def warps(self, limit: int) -> int:
+        """The most warps whose shared memory stays within `limit`; 0: the kernel cannot serve."""
+        return next((warps for warps in WARPS if self.shared_bytes(warps) <= limit), 0)
 
 
 def type_pair(weights: Iterable[QuantTensor]) -> tuple[str, str] | None:
@@ -86,43 +121,46 @@ class LayerKernel:
 
     places: int64 [ranks] on the device, for every rank the address of `places_bytes` bytes of its memory as this GPU
     sees it, all of them -0.0 at first. own: what keeps this rank's places alive. inner: columns of the down projection.
-    widest, longest: the most that any LayerPhases of its launches has.
+    warps, overlap: other than what the device is best served with; without overlap the copies of weights are those of
+    GPUs before compute capability 9.0.
     """
 
     def __init__(
         self,
         tiles: TileKernels,
-        types: tuple[str, str],
+        shape: LayerShape,
         dtype: torch.dtype,
         *,
         hidden: int,
-        tokens: int,
         rank: int,
         places: torch.Tensor,
         own: object,
         inner: int,
-        widest: int,
-        longest: int,
+        warps: int | None = None,
+        overlap: bool | None = None,
     ) -> None:
-        stages = stages_for(types, tokens, widest, longest, tiles.shared_limit)
-        if stages < 2:
-            raise ValueError(f"{tokens} tokens of {256 * widest} columns leave no room for a ring of weights")
-        self._tiles, self._types, self._rank, self._own = tiles, types, rank, own
-        self._places, self._widest, self._longest = places, widest, longest
+        self._warps = shape.warps(tiles.shared_limit) if warps is None else warps
+        self._shared = shape.shared_bytes(self._warps)
+        if self._warps == 0 or self._shared > tiles.shared_limit:
+            raise ValueError(f"{shape.tokens} tokens of {256 * shape.widest} columns leave no room for weights")
+        self._tiles, self._types, self._rank, self._own = tiles, shape.types, rank, own
+        self._places, self._widest, self._longest = places, shape.widest, shape.longest(self._warps)
+        self._overlap = tiles.overlap if overlap is None else overlap
         # -0.0 as well: see layer.cu
-        self._inner = torch.full((_SETS, tokens, inner), -(1 << 15), dtype=torch.int16, device=tiles.device)
-        self._shared = shared_bytes(types, tokens, widest, longest, stages)
-        defines = {
-            "TYPE": types[0],
-            "TYPE_B": types[1],
-            "NWARPS": WARPS,
-            "NSTAGES": stages,
+        self._inner = torch.full((_SETS, shape.tokens, inner), -(1 << 15), dtype=torch.int16, device=tiles.device)
+        defines: dict[str, object] = {
+            "TYPE": shape.types[0],
+            "TYPE_B": shape.types[1],
+            "NWARPS": self._warps,
+            "NSTAGES": STAGES,
             "BFLOAT_MODE": str(dtype == torch.bfloat16).lower(),
             "HIDDEN": hidden,
-            "TOKENS": tokens,
+            "TOKENS": shape.tokens,
             "RANKS": places.numel(),
             "FIXED_BYTES": _FIXED_BYTES,
         }
+        if tiles.overlap and not self._overlap:
+            defines["NO_BULK"] = 1
         self._kernel = Program(("gemv.cu", "layer.cu"), defines, tiles.device).kernel("layer")
 
     def run(
@@ -148,25 +186,13 @@ class LayerKernel:
             *(phases.next_norm, _or_null(phases.post_ffn_norm), float(eps), out, int(phases.logits), int(gelu)),
             *(self._places, self._inner, steps, launches, number, self._rank, self._widest, self._longest),
         )
-        grid, threads = self._tiles.blocks, 32 * WARPS
-        launch(self._kernel, grid, threads, self._shared, arguments, overlap=self._tiles.overlap)
+        grid, threads = self._tiles.blocks, 32 * self._warps
+        launch(self._kernel, grid, threads, self._shared, arguments, overlap=self._overlap)
 
 
 def places_bytes(hidden: int, tokens: int, ranks: int) -> int:
     """Bytes of the places for partial sums in every rank's memory."""
     return _SETS * 2 * ranks * tokens * hidden * 4
-
-
-def stages_for(types: tuple[str, str], tokens: int, widest: int, longest: int, limit: int) -> int:
-    """How deep the ring of weight copies can be; less than 2: the kernel cannot serve."""
-    depths = range(MAX_STAGES + 1)
-    return max((s for s in depths if shared_bytes(types, tokens, widest, longest, s) <= limit), default=0)
-
-
-def shared_bytes(types: tuple[str, str], tokens: int, widest: int, longest: int, stages: int) -> int:
-    """Dynamic shared memory of a block: ring and barriers, parts of sums, what stays fixed, activations, lists."""
-    ring = WARPS * stages * (max(TILE_BYTES[name] for name in types) + 8)
-    return ring + 2 * WARPS * 512 + _FIXED_BYTES + widest * (32 + 2 * tokens * (256 + 48)) + 8 * WARPS * longest
 
 
 def _arguments(matrices: Matrices, types: tuple[str, str]) -> Sequence[object]:
