@@ -14,11 +14,12 @@ import torch
 from multitensor.config import KV_GROUP
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cache_tensor import make_cache
-from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, reduce, small_batch
+from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, prefill, reduce, small_batch
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
 from multitensor.kernels.cuda.layer import LayerKernel, LayerShape
 from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
@@ -55,7 +56,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (decode, float_matrix, layer, matrix, reduce, small_batch):
+        for module in (decode, float_matrix, layer, matrix, prefill, reduce, small_batch):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -145,6 +146,13 @@ def decode_requests(turn: int) -> None:
     kernels.argmax(torch.zeros(1, 512), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
 
 
+def prefill_requests(turn: int) -> None:
+    """The gate of many tokens."""
+    kernels = PrefillKernels(CPU)
+    for dtype in HALVES:
+        kernels.gated_activation(torch.zeros(1, 8, dtype=dtype), torch.zeros(1, 8, dtype=dtype), "silu")
+
+
 def peer_requests(turn: int) -> None:
     """Sums over 2 to 16 ranks with types and sizes by turns, in clusters where there are any; gathers."""
     clusters = torch.cuda.get_device_capability() >= (9, 0)
@@ -182,4 +190,12 @@ def layer_requests(turn: int) -> None:
 
 
 # Each takes a turn, which picks some of the many combinations.
-REQUESTS = (tile_requests, small_batch_requests, float_requests, decode_requests, peer_requests, layer_requests)
+REQUESTS = (
+    tile_requests,
+    small_batch_requests,
+    float_requests,
+    decode_requests,
+    prefill_requests,
+    peer_requests,
+    layer_requests,
+)

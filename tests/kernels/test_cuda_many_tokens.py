@@ -14,6 +14,7 @@ from multitensor.kernels.cuda import cuda_kernels
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.matrix import TileKernels
+from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.tiles import ROWS, TiledTensor, to_tiles
 from multitensor.kernels.dequantize import dequantize
 from multitensor.kernels.quant_tensor import QuantTensor
@@ -50,10 +51,20 @@ class PlainTiles(TileKernels):
         out.copy_(dequantize(self.planes[w.tiles.data_ptr()], slice(first * ROWS, rows)))
 
 
+class PlainGate(PrefillKernels):
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: Any) -> torch.Tensor:
+        self.asked.append((gate.stride(0), up.stride(0)))
+        return reference.gated_activation(gate, up, kind)
+
+
 @pytest.fixture
 def kernels() -> CudaKernels:
     made = CudaKernels.__new__(CudaKernels)
     made.device, made.exact = torch.device("cpu"), False
+    made.prefill_kernels = PlainGate()
     made.tile_kernels = made.small_batch_kernels = PlainTiles()  # type: ignore[assignment]
     return made
 
@@ -106,6 +117,17 @@ def test_gate_and_up(kernels: CudaKernels) -> None:
     g, u = (reference.linear(x.float(), tiles.planes[w.tiles.data_ptr()]) for w in (gate, up))
     found = kernels.gated_linear(x, gate, up, "silu")
     assert close(found, reference.gated_activation(g, u, "silu"))
+    assert kernels.prefill_kernels.asked == [(144, 144)]  # type: ignore[attr-defined]
+
+
+def test_gates_that_the_kernel_does_not_take(kernels: CudaKernels) -> None:
+    wide = torch.randn(TOKENS, 160).to(HALF)
+    pairs = [(wide[:, :70], wide[:, 80:150]), (wide[:, 4:76], wide[:, 80:152]), (wide[:0], wide[:0])]
+    pairs += [(wide.float(), wide.float()), (wide.T[:, :64], wide.T[:, :64]), (wide, wide.bfloat16())]
+    for gate, up in pairs:
+        found = kernels.gated_activation(gate, up, "gelu_tanh")
+        assert torch.equal(found, reference.gated_activation(gate, up, "gelu_tanh"))
+    assert not kernels.prefill_kernels.asked  # type: ignore[attr-defined]
 
 
 class PlainNorm(DecodeKernels):

@@ -11,6 +11,7 @@ from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.joined import join_planes, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
+from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.quant_tensor import QuantTensor
@@ -31,6 +32,7 @@ class CudaKernels(Kernels):
         self.small_batch_kernels = SmallBatchKernels(device)
         self.float_kernels = FloatKernels(device)
         self.decode_kernels = DecodeKernels(device)
+        self.prefill_kernels = PrefillKernels(device)
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
         """Packs every quantised matrix into tiles, one at a time, dropping its planes; `weights` is emptied."""
@@ -119,6 +121,13 @@ class CudaKernels(Kernels):
                 return self.gated_activation(joined[:, : gate.rows], joined[:, gate.rows :], kind)
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
         return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
+
+    def gated_activation(
+        self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]
+    ) -> torch.Tensor:
+        if not self.prefill_kernels.gate_takes(gate, up):
+            return super().gated_activation(gate, up, kind)
+        return self.prefill_kernels.gated_activation(gate, up, kind)
 
     def add_rms_norm(
         self,
