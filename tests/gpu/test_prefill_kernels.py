@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
 import random_weights as rw
 
 from multitensor.kernels import reference
+from multitensor.kernels.cache_tensor import QuantCache, make_cache
 from multitensor.kernels.cuda.tiles import TiledTensor
 from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.projection import Projection
 from multitensor.parallel.group import SingleGroup
 
 pytestmark = pytest.mark.gpu
@@ -106,3 +108,54 @@ def test_gated_activation(
     assert found.dtype == dtype and error(found, wanted) < ROUNDING[dtype]
     odd = kernels.gated_activation(gate[:, 1:], up[:, 1:], kind)
     assert error(odd, wanted[:, 1:]) < ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("dtype", [HALF, BFLOAT])
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(
+    ("size", "kv_type", "style", "rotated", "norms"),
+    [
+        (128, "f16", "half", 128, False),
+        (128, "bf16", "interleaved", 128, True),
+        (128, "q8", "interleaved", 128, False),
+        (64, "f16", "interleaved", 64, False),
+        (64, "q8", "half", 64, True),
+        (64, "q4", "half", 32, False),
+        (80, "f16", "half", 80, False),
+        (256, "f32", "half", 256, True),
+    ],
+)
+def test_projection(
+    kernels: Any,
+    dtype: torch.dtype,
+    tokens: int,
+    size: int,
+    kv_type: str,
+    style: Literal["interleaved", "half"],
+    rotated: int,
+    norms: bool,
+) -> None:
+    """Slots in random order, as paged caches and mixed batches have them; the rest of the cache stays as it was."""
+    heads = (6, 2, 2)
+    made = [weight(kernels, name, h * size, 512, h) for name, h in zip(("Q4_K", "Q4_K", "Q6_K"), heads, strict=True)]
+    q_norm, k_norm = (1 + 0.1 * randn(size, seed=i) if norms else None for i in (1, 2))
+    projection = Projection((made[0][0], made[1][0], made[2][0]), None, size, style, q_norm, k_norm, 1e-5)
+    x, angles = randn(tokens, 512, dtype=dtype, seed=3), randn(tokens, rotated // 2, seed=4)
+    blocks = tokens // 16 + 2
+    slots = torch.randperm(16 * blocks, generator=torch.Generator().manual_seed(5))[:tokens].cuda()
+    found, wanted = ([make_cache(kv_type, (blocks, 16, 2, size), x.device) for _ in "kv"] for _ in range(2))
+    assert kernels.prefill_kernels.project_takes(x, projection, angles, *found)
+    q = kernels.project(x, projection, angles.cos(), angles.sin(), *found, slots)
+    products = [(x.double() @ numbers.double().T).float().unflatten(1, (-1, size)) for _, numbers in made]
+    if q_norm is not None and k_norm is not None:
+        products[:2] = [reference.rms_norm(y, f, 1e-5) for y, f in ((products[0], q_norm), (products[1], k_norm))]
+    queries, keys = (reference.apply_rope(y, angles.cos(), angles.sin(), style) for y in products[:2])
+    reference.write_kv(keys, products[2], wanted[0], wanted[1], slots)
+    assert q.dtype == dtype and error(q, queries) < 2 * ROUNDING[dtype]
+    limit = 2 * ROUNDING[dtype] + {"q8": 0.02, "q4": 0.15, "bf16": ROUNDING[BFLOAT]}.get(kv_type, 0.0)
+    for cache, right in zip(found, wanted, strict=True):
+        numbers, exact = (c.dequantise() if isinstance(c, QuantCache) else c.float() for c in (cache, right))
+        assert error(numbers, exact) < limit
+        untouched = torch.ones(16 * blocks, dtype=torch.bool, device=x.device)
+        untouched[slots] = False
+        assert not numbers.flatten(0, 1)[untouched].any()

@@ -23,6 +23,7 @@ from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
+from multitensor.kernels.projection import Projection
 
 CPU = torch.device("cpu")
 HALVES = (torch.float16, torch.bfloat16)
@@ -80,9 +81,9 @@ def tile_requests(turn: int) -> None:
         kernels.expand(_tiled(names[-1]), dtype)
 
 
-def _tiled(name: str) -> TiledTensor:
-    tiles = torch.zeros(1, 1, TILE_BYTES[name], dtype=torch.uint8)
-    return TiledTensor(QUANT_TYPES[name], 16, 256, {"tiles": tiles})
+def _tiled(name: str, rows: int = 16) -> TiledTensor:
+    tiles = torch.zeros(-(-rows // 16), 1, TILE_BYTES[name], dtype=torch.uint8)
+    return TiledTensor(QUANT_TYPES[name], rows, 256, {"tiles": tiles})
 
 
 def small_batch_requests(turn: int) -> None:
@@ -147,8 +148,17 @@ def decode_requests(turn: int) -> None:
 
 
 def prefill_requests(turn: int) -> None:
-    """The gate of many tokens."""
+    """Rotation and cache writes of many tokens, head sizes and caches by turns; their gate."""
     kernels = PrefillKernels(CPU)
+    for number, kv_type in enumerate(("f16", "q8", "bf16", "q4", "f32")):
+        head_dim, x = (64, 128, 96)[(turn + number) % 3], torch.zeros(2, 256, dtype=HALVES[(turn + number) % 2])
+        cache = make_cache(kv_type, (1, 32, 1, head_dim), CPU)
+        matrices = [_tiled("Q8_0", rows=heads * head_dim) for heads in (2, 1, 1)]
+        projection = Projection((matrices[0], matrices[1], matrices[2]), None, head_dim, "half", None, None, 1e-5)
+        angles, slots = torch.zeros(2, head_dim // 2), torch.zeros(2, dtype=torch.int64)
+        assert kernels.project_takes(x, projection, angles, cache, cache)
+        qkv = torch.zeros(2, 4 * head_dim, dtype=x.dtype)
+        kernels.rope_write_kv(qkv, projection, angles, angles, cache, cache, slots)
     for dtype in HALVES:
         kernels.gated_activation(torch.zeros(1, 8, dtype=dtype), torch.zeros(1, 8, dtype=dtype), "silu")
 

@@ -10,6 +10,7 @@ import torch
 from random_weights import random_tensor
 
 from multitensor.kernels import reference
+from multitensor.kernels.cache_tensor import QuantCache, make_cache
 from multitensor.kernels.cuda import cuda_kernels
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import DecodeKernels
@@ -17,7 +18,9 @@ from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.tiles import ROWS, TiledTensor, to_tiles
 from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.torch_kernels import Kernels
 from multitensor.parallel.group import SingleGroup
 
 HALF = torch.float16
@@ -34,7 +37,7 @@ class PlainTiles(TileKernels):
 
     def tiled(self, name: str, rows: int, cols: int, seed: int) -> TiledTensor:
         planes, _ = random_tensor(name, rows, cols, seed)
-        tiled = to_tiles(planes)
+        tiled = to_tiles(planes, lambda _, chosen: dequantize(planes, chosen))
         self.planes[tiled.tiles.data_ptr()] = planes
         return tiled
 
@@ -51,9 +54,23 @@ class PlainTiles(TileKernels):
         out.copy_(dequantize(self.planes[w.tiles.data_ptr()], slice(first * ROWS, rows)))
 
 
-class PlainGate(PrefillKernels):
+class PlainPrefill(PrefillKernels):
+    """Says what the kernels would be asked for, and does it in plain torch."""
+
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
+
+    def rope_write_kv(
+        self, qkv: torch.Tensor, p: Projection, cos: torch.Tensor, sin: torch.Tensor, *places: Any
+    ) -> torch.Tensor:
+        assert qkv.is_contiguous()
+        self.asked.append((p.query_heads, p.kv_heads))
+        q, k, v = (y.unflatten(1, (-1, p.head_dim)) for y in qkv.split([w.rows for w in p.weights], dim=1))
+        if p.q_norm is not None and p.k_norm is not None:
+            q, k = reference.rms_norm(q, p.q_norm, p.eps), reference.rms_norm(k, p.k_norm, p.eps)
+        reference.write_kv(reference.apply_rope(k, cos, sin, p.style), v, *places)
+        q.copy_(reference.apply_rope(q, cos, sin, p.style))
+        return q
 
     def gated_activation(self, gate: torch.Tensor, up: torch.Tensor, kind: Any) -> torch.Tensor:
         self.asked.append((gate.stride(0), up.stride(0)))
@@ -64,7 +81,7 @@ class PlainGate(PrefillKernels):
 def kernels() -> CudaKernels:
     made = CudaKernels.__new__(CudaKernels)
     made.device, made.exact = torch.device("cpu"), False
-    made.prefill_kernels = PlainGate()
+    made.prefill_kernels = PlainPrefill()
     made.tile_kernels = made.small_batch_kernels = PlainTiles()  # type: ignore[assignment]
     return made
 
@@ -167,3 +184,29 @@ def test_norms_that_the_kernel_does_not_take(kernels: CudaKernels, odd: str) -> 
     wanted = reference.add_rms_norm(x, residual.clone(), weight, 1e-5)
     found, _ = kernels.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(found, wanted[0]) and torch.equal(residual, wanted[1]) and not norm.asked
+
+
+def numbers_of(cache: torch.Tensor | QuantCache) -> torch.Tensor:
+    return cache.dequantise() if isinstance(cache, QuantCache) else cache.float()
+
+
+@pytest.mark.parametrize("kv_type", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("odd", ["", "float32", "head size", "no tokens"])
+def test_projection(kernels: CudaKernels, kv_type: str, norms: bool, odd: str) -> None:
+    """Taken by the kernel or not, the same queries, keys and values. No kernel quantises heads of 40."""
+    tiles, cpu = tiles_of(kernels), torch.device("cpu")
+    size, tokens = 40 if odd == "head size" else 32, 0 if odd == "no tokens" else TOKENS
+    query, key, value = (tiles.tiled(n, h * size, 512, h) for n, h in (("Q4_K", 4), ("Q4_K", 2), ("Q6_K", 2)))
+    q_norm, k_norm = (torch.rand(size), torch.rand(size)) if norms else (None, None)
+    projection = Projection((query, key, value), None, size, "half", q_norm, k_norm, 1e-5)
+    x = (torch.randn(tokens, 512) * 0.01).to(torch.float32 if odd == "float32" else HALF)
+    angles, slots = torch.randn(tokens, size // 2), torch.randperm(6 * 16)[:tokens]
+    found, wanted = ([make_cache(kv_type, (6, 16, 2, size), cpu) for _ in "kv"] for _ in range(2))
+    q = kernels.project(x, projection, angles.cos(), angles.sin(), found[0], found[1], slots)
+    plain = Kernels.project(kernels, x, projection, angles.cos(), angles.sin(), wanted[0], wanted[1], slots)
+    assert q.shape == plain.shape == (tokens, 4, size) and torch.equal(q, plain)
+    assert all(torch.equal(numbers_of(f), numbers_of(w)) for f, w in zip(found, wanted, strict=True))
+    taken = not odd or (odd == "head size" and kv_type == "f16")
+    asked: list[Any] = kernels.prefill_kernels.asked  # type: ignore[attr-defined]
+    assert asked == ([(4, 2)] if taken else [])

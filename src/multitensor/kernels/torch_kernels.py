@@ -11,6 +11,7 @@ from multitensor.kernels import reference
 from multitensor.kernels.attention import HeadGroups
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
+from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
 
 
@@ -118,6 +119,28 @@ class Kernels:
     ) -> None:
         """k, v [T, KV heads, D] into caches [blocks, block_size, KV heads, D] at int64 slots [T]."""
         reference.write_kv(k, v, k_cache, v_cache, slot_mapping)
+
+    def project(
+        self,
+        x: torch.Tensor,
+        projection: Projection,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [T, hidden] -> queries [T, query heads, head_dim], normalised and rotated; keys, treated alike, and values
+        go to the caches. cos, sin: float32 [T, R / 2]; caches and slots as in `write_kv`."""
+        tokens, size = x.shape[0], projection.head_dim
+        products = self.linears(x, projection.weights, projection.biases)
+        q, k, v = (y.view(tokens, y.shape[1] // size, size) for y in products)
+        if projection.q_norm is not None and projection.k_norm is not None:
+            q = self.rms_norm(q, projection.q_norm, projection.eps)
+            k = self.rms_norm(k, projection.k_norm, projection.eps)
+        q, k = self.apply_rope_pair(q, k, cos, sin, projection.style)
+        self.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return q
 
     def paged_attention(
         self,

@@ -10,6 +10,7 @@ from multitensor.architectures.spec import LayerSpec, ModelSpec
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.dispatch import Kernels
+from multitensor.kernels.projection import Projection
 from multitensor.model.linear import Weights, matrix, optional_vector, vector
 from multitensor.sharding.plan import RankPlan
 
@@ -55,13 +56,17 @@ class Attention:
         self.eps = spec.norm_eps
         if self.n_heads == 0:
             return
-        self.qkv = tuple(matrix(weights, f"{prefix}attn_{name}.weight") for name in "qkv")
+        query, key, value = (matrix(weights, f"{prefix}attn_{name}.weight") for name in "qkv")
+        self.qkv = (query, key, value)
         biases = tuple(optional_vector(weights, f"{prefix}attn_{name}.bias") for name in "qkv")
         self.qkv_biases = biases if any(bias is not None for bias in biases) else None
         self.output = matrix(weights, f"{prefix}attn_output.weight")
         self.output_bias = optional_vector(weights, f"{prefix}attn_output.bias") if adds_bias else None
         self.q_norm = vector(weights, f"{prefix}attn_q_norm.weight") if spec.qk_norm else None
         self.k_norm = vector(weights, f"{prefix}attn_k_norm.weight") if spec.qk_norm else None
+        self.projection = Projection(
+            self.qkv, self.qkv_biases, self.head_dim, self.rope_style, self.q_norm, self.k_norm, self.eps
+        )
 
     def __call__(self, x: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
         """x [T, hidden], normalised -> this rank's part of the sub-layer's output, [T, hidden]."""
@@ -69,17 +74,8 @@ class Attention:
             return x.new_zeros(x.shape)
         kernels = self.kernels
         n_tokens = x.shape[0]
-        q, k, v = kernels.linears(x, self.qkv, self.qkv_biases)
-        q = q.view(n_tokens, self.n_heads, self.head_dim)
-        k = k.view(n_tokens, self.n_kv_heads, self.head_dim)
-        v = v.view(n_tokens, self.n_kv_heads, self.head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q = kernels.rms_norm(q, self.q_norm, self.eps)
-            k = kernels.rms_norm(k, self.k_norm, self.eps)
-        cos, sin = step.ropes[self.rope]
-        q, k = kernels.apply_rope_pair(q, k, cos, sin, self.rope_style)
         keys, values = cache
-        kernels.write_kv(k, v, keys, values, step.inputs.slot_mapping)
+        q = kernels.project(x, self.projection, *step.ropes[self.rope], keys, values, step.inputs.slot_mapping)
         mixed = kernels.paged_attention(
             q, keys, values, step.inputs, self.kv_map, self.scale, self.window, self.softcap
         )

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.joined import join_planes, joined_plane
@@ -14,6 +15,7 @@ from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
+from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.torch_kernels import Kernels
 
@@ -121,6 +123,21 @@ class CudaKernels(Kernels):
                 return self.gated_activation(joined[:, : gate.rows], joined[:, gate.rows :], kind)
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
         return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
+
+    def project(
+        self,
+        x: torch.Tensor,
+        projection: Projection,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        if not self.prefill_kernels.project_takes(x, projection, cos, k_cache, v_cache):
+            return super().project(x, projection, cos, sin, k_cache, v_cache, slot_mapping)
+        qkv = self.joined_linear(x, projection.weights, projection.biases)
+        return self.prefill_kernels.rope_write_kv(qkv, projection, cos, sin, k_cache, v_cache, slot_mapping)
 
     def gated_activation(
         self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]

@@ -2,7 +2,7 @@
 // length read from device memory. A sequence slot with position -1 is padding: it writes no cache and gets zeros.
 //
 // One section is compiled at a time: rotary embedding + cache writes and attention where HEAD_DIM is defined, residual
-// add + RMS norm where HIDDEN is, argmax where neither is. No header is included: NVRTC needs none.
+// add + RMS norm where HIDDEN is, argmax where neither is. ROPE_ONLY: without attention. No header is included: NVRTC needs none.
 // Only what no kernel of a step writes is __restrict__: else a load could be moved ahead of the wait for its writer.
 // Lane-to-element maps of mma fragments and movmatrix are those of the PTX ISA manual.
 
@@ -249,6 +249,7 @@ extern "C" __global__ void __launch_bounds__(128)
     }
 }
 
+#ifndef ROPE_ONLY
 // ---- attention over the paged cache ----
 //
 // A job is up to 8 * HEAD_TILES consecutive query heads that read one KV head. A unit is a stretch of one sequence's
@@ -1080,6 +1081,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attend<true>(a, Rope{bias, q_norm, k_norm, eps, cosines, sines, half_rotary, interleaved}, slot_mapping);
 }
 
+#endif  // ROPE_ONLY
 #elif defined(HIDDEN)
 // ---- residual += [post norm of] partial; out = norm of residual ----
 //

@@ -26,8 +26,8 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_HIDDEN = 16384
 _ARGMAX_BLOCKS = 64
 SHARED_BYTES = 48 << 10  # that a kernel may declare
-_KINDS: dict[torch.dtype | str, int] = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, "q8": 3, "q4": 4}
-_SLOT_TYPES = {torch.int32: "int", torch.int64: "long long"}
+KINDS: dict[torch.dtype | str, int] = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, "q8": 3, "q4": 4}
+SLOT_TYPES = {torch.int32: "int", torch.int64: "long long"}
 _NULL = torch.empty(0)  # its data_ptr() is 0
 
 
@@ -72,9 +72,9 @@ class DecodeKernels:
         if hidden % 4 or hidden > MAX_HIDDEN:
             raise ValueError(f"hidden size {hidden}: the norm kernel wants a multiple of 4 up to {MAX_HIDDEN}")
         threads = min(1024, -(-hidden // 4 // 32) * 32)
-        kind = _KINDS[out.dtype if partial is None else partial.dtype]
-        program = self.program(HIDDEN=hidden, NTHREADS=threads, X_KIND=_KINDS[out.dtype], PARTIAL_KIND=kind)
-        arguments = (residual, _or_null(partial), _or_null(post_weight), weight, out, float(eps), float(offset))
+        kind = KINDS[out.dtype if partial is None else partial.dtype]
+        program = self.program(HIDDEN=hidden, NTHREADS=threads, X_KIND=KINDS[out.dtype], PARTIAL_KIND=kind)
+        arguments = (residual, or_null(partial), or_null(post_weight), weight, out, float(eps), float(offset))
         launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=self.overlap)
 
     def norm_takes(self, residual: torch.Tensor, partial: torch.Tensor, *weights: torch.Tensor | None) -> bool:
@@ -165,8 +165,8 @@ class DecodeAttention:
         self._defines = {
             "HEAD_DIM": head_dim,
             "BLOCK_SIZE": block_size,
-            "X_KIND": _KINDS[dtype],
-            "KV_KIND": _KINDS[kv_dtype],
+            "X_KIND": KINDS[dtype],
+            "KV_KIND": KINDS[kv_dtype],
             "HEAD_TILES": head_tiles,
             "NWARPS": warps,
             "MIN_BLOCKS": blocks_per_processor,
@@ -196,7 +196,7 @@ class DecodeAttention:
         numbers of a head that are rotated.
         """
         rope = self._rope(cosines, sines, style, bias, q_norm, k_norm, eps)
-        places = (positions, slot_mapping, *_addresses(k_cache, v_cache), self.query_heads, self.kv_heads)
+        places = (positions, slot_mapping, *addresses(k_cache, v_cache), self.query_heads, self.kv_heads)
         grid = (-(-(self.query_heads + 2 * self.kv_heads) // 4), qkv.shape[0])
         kernel = self._program(slot_mapping.dtype).kernel("rope_write_kv")
         launch(kernel, grid, 128, 0, (qkv, *rope, *places), overlap=self.kernels.overlap)
@@ -243,7 +243,7 @@ class DecodeAttention:
         self._launch(kernel, positions.shape[0], (*attention, *rope, slot_mapping))
 
     def _program(self, slot_dtype: torch.dtype) -> Program:
-        return self.kernels.program(**self._defines, SLOT=_SLOT_TYPES[slot_dtype])
+        return self.kernels.program(**self._defines, SLOT=SLOT_TYPES[slot_dtype])
 
     def _launch(self, kernel: Any, sequences: int, arguments: tuple[Any, ...]) -> None:
         units = self.target if sequences == 1 else self.target + sequences
@@ -260,7 +260,7 @@ class DecodeAttention:
         k_norm: torch.Tensor | None,
         eps: float,
     ) -> tuple[Any, ...]:
-        norms = (_or_null(bias), _or_null(q_norm), _or_null(k_norm), float(eps))
+        norms = (or_null(bias), or_null(q_norm), or_null(k_norm), float(eps))
         return (*norms, cosines, sines, cosines.shape[-1], int(style == "interleaved"))
 
     def _attention(
@@ -275,7 +275,7 @@ class DecodeAttention:
         sequences = positions.shape[0]
         if sequences > self.sequences:
             raise ValueError(f"{sequences} sequences where {self.sequences} were announced")
-        caches = _addresses(k_cache, v_cache)
+        caches = addresses(k_cache, v_cache)
         places = (q, q.stride(0), *caches, self._jobs, positions, block_tables, block_tables.shape[1])
         heads = (sequences, self.kv_heads, self.query_heads)
         rules = (float(self.scale), float(self.softcap), self.window, self.target, self.min_keys)
@@ -309,7 +309,7 @@ def cache_kind(cache: CacheTensor) -> torch.dtype | Literal["q8", "q4"]:
     return cache.kind if isinstance(cache, QuantCache) else cache.dtype
 
 
-def _addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[torch.Tensor, ...]:
+def addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[torch.Tensor, ...]:
     """Keys, values, and the scales of both."""
     if isinstance(k_cache, QuantCache) and isinstance(v_cache, QuantCache):
         return k_cache.codes, v_cache.codes, k_cache.scales, v_cache.scales
@@ -323,5 +323,5 @@ def _is_plain(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
-def _or_null(tensor: torch.Tensor | None) -> torch.Tensor:
+def or_null(tensor: torch.Tensor | None) -> torch.Tensor:
     return _NULL if tensor is None else tensor
