@@ -11,6 +11,7 @@ import pytest
 from multitensor import LLM, SamplingParams
 from multitensor.engine.local_executor import LocalExecutor
 from multitensor.engine.prepare import prepare
+from multitensor.kernels.cpu.binding import load_library
 from synthetic import tiny_hf, write_gguf
 
 PROMPTS = [[1, 5, 9, 200, 31], [7] * 23, [11, 250, 3], list(range(40, 80))]
@@ -37,7 +38,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_local(path: Path, **settings: Any) -> LLM:
-    prepared = prepare(path, devices="cpu:2", dtype="float32", kv_type="f32", max_model_len=128, **settings)
+    exact = {"dtype": "float32", "kv_type": "f32"}
+    prepared = prepare(path, devices="cpu:2", max_model_len=128, **{**exact, **settings})
     executor = LocalExecutor()
     executor.start(prepared.plan, prepared.config)
     return LLM._from_executor(executor, prepared.plan, prepared.config, None, prepared.checkpoint)
@@ -63,6 +65,26 @@ def test_batches_chunks_and_slots_change_no_token(llm: LLM, model: Path, params:
     assert together == alone
     with open_local(model, max_num_seqs=2, max_batch_tokens=7, block_size=4) as small:
         assert [output.outputs[0].token_ids for output in small.generate(PROMPTS, params)] == together
+
+
+@pytest.mark.skipif(load_library() is None, reason="native CPU kernels are not built")
+@pytest.mark.parametrize("types", ["Q4_1", {"*ffn_down*": "Q8_0", "*attn_v*": "Q6_K", "*": "Q4_K"}])
+def test_company_changes_nothing_with_8_bit_activations(tmp_path: Path, types: str | dict[str, str]) -> None:
+    """Not a digit of a log-probability: one would be enough for texts to part (see test_native_cpu_company.py)."""
+    dims = {"hidden": 256, "n_layers": 4, "n_heads": 8, "n_kv_heads": 2, "head_dim": 32, "vocab": 256, "context": 256}
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", ffn=512, types=types, seed=4, **dims)
+    prompts = [[(7 + 31 * n * i + n) % 256 for i in range(1 + 5 * n % 60)] for n in range(24)]
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
+
+    def said(llm: LLM, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+        answers = [output.outputs[0] for output in llm.generate(prompts, params)]
+        return [(a.token_ids, [e.logprob for entry in a.logprobs or [] for e in entry.values()]) for a in answers]
+
+    with open_local(path, dtype="auto", kv_type="auto") as llm:
+        alone = [said(llm, [prompt])[0] for prompt in prompts]
+    with open_local(path, dtype="auto", kv_type="auto", max_batch_tokens=100) as llm:  # prompts in chunks too
+        assert said(llm, prompts) == alone
+        assert said(llm, prompts) == alone  # now their beginnings are cached
 
 
 def test_log_probabilities_of_sampling_and_scoring_agree(llm: LLM) -> None:

@@ -2,6 +2,9 @@
  *
  * Fast: weight = scale[g] * code + minimum[g], activation = d[g] * q, both per scale group g, so a product is
  *     sum over g of scale[g] * d[g] * (integer dot product) + minimum[g] * sum[g],   sum[g] = d[g] * (sum of q).
+ * The groups' terms go to LANES sums in turn, these are added by halves, and TILE_COLS columns at a time to the bias: in
+ * this order for any number of tokens, so that a token's result does not depend, not by a bit, on its company. (Equal
+ * but for the last digit is not enough: some activation of the next layer then rounds the other way.)
  * Exact: weights become floats in ggml's own order of operations and meet float activations.
  * Few tokens: a row is decoded (in registers for one token) and multiplied by all tokens. Many: a tile of rows is
  * decoded and packed so that a vector holds one column of all its rows, and meets broadcast activations. */

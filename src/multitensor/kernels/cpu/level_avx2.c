@@ -216,44 +216,58 @@ INLINE vi vi_broadcast(const int8_t *p) /* four neighbouring activations, for al
 }
 INLINE vf vi_to_float(vi v) { return _mm256_cvtepi32_ps(v); }
 
-/* The factors of 16 groups. */
+/* Products of a block's codes and activations, four neighbouring ones summed a dword. */
 typedef struct {
-    float of[16];
-} factors;
-INLINE factors factors_of(const vf products[2])
+    vi half[2];
+} block_products;
+INLINE block_products codes_multiply(codes c, const int8_t *x, int unit, int is_signed)
 {
-    factors f;
-    _mm256_storeu_ps(f.of, products[0]);
-    _mm256_storeu_ps(f.of + 8, products[1]);
-    return f;
+    block_products p;
+    (void)unit;
+    for (int i = 0; i < 2; i++)
+        p.half[i] = vi_dot(vi_zero(), c.half[i], _mm256_loadu_si256((const __m256i *)(x + 32 * i)), is_signed);
+    return p;
+}
+INLINE block_products no_products(void) { return (block_products){{vi_zero(), vi_zero()}}; }
+
+/* Each 128-bit lane: the sums of that lane of the four halves of two blocks. */
+INLINE vi sum_quads(const block_products p[2])
+{
+    vi a = _mm256_add_epi32(_mm256_unpacklo_epi32(p[0].half[0], p[0].half[1]),
+                            _mm256_unpackhi_epi32(p[0].half[0], p[0].half[1]));
+    vi b = _mm256_add_epi32(_mm256_unpacklo_epi32(p[1].half[0], p[1].half[1]),
+                            _mm256_unpackhi_epi32(p[1].half[0], p[1].half[1]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
 }
 
-/* acc + factor[g] * (integer products of group g), spread over the lanes, for a block whose groups' factors are at f */
-INLINE vf dot_at(vf acc, codes c, const int8_t *x, const float *f, int unit, int is_signed)
+/* Sums of 16 groups, in their order, from the 8 (UNIT32) or 4 (UNIT16) blocks that they cover. */
+INLINE void group_sums(const block_products *p, int unit, vf sums[2])
+{
+    const vi order = _mm256_set_epi32(7, 3, 6, 2, 5, 1, 4, 0);
+    for (int i = 0; i < 2; i++)
+        if (unit == UNIT16) {
+            sums[i] = vi_to_float(_mm256_permutevar8x32_epi32(sum_quads(p + 2 * i), order));
+        } else {
+            vi first = sum_quads(p + 4 * i), second = sum_quads(p + 4 * i + 2);
+            sums[i] = vi_to_float(_mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20),
+                                                   _mm256_permute2x128_si256(first, second, 0x31)));
+        }
+}
+
+/* LANES sums. */
+typedef __m256 lanes;
+INLINE lanes lanes_zero(void) { return vf_zero(); }
+INLINE lanes lanes_add(lanes acc, const vf factors[2], const vf sums[2], const vf minima[2], const vf offsets[2],
+                       int has_minimum)
 {
     for (int i = 0; i < 2; i++) {
-        vi products = vi_dot(vi_zero(), c.half[i], _mm256_loadu_si256((const __m256i *)(x + 32 * i)), is_signed);
-        vf factor = unit == UNIT32 ? _mm256_set1_ps(f[i])
-                                   : _mm256_set_m128(_mm_set1_ps(f[2 * i + 1]), _mm_set1_ps(f[2 * i]));
-        acc = _mm256_fmadd_ps(factor, _mm256_cvtepi32_ps(products), acc);
+        acc = vf_fma(factors[i], sums[i], acc);
+        if (has_minimum)
+            acc = vf_fma(minima[i], offsets[i], acc);
     }
     return acc;
 }
-
-/* For block `b` of those that the 16 groups cover. */
-INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
-{
-    return dot_at(acc, c, x, f.of + (unit == UNIT32 ? 2 : 4) * b, unit, is_signed);
-}
-
-/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
-{
-    float f[4];
-    for (int i = 0; i < (unit == UNIT32 ? 2 : 4); i++)
-        f[i] = scales[i] * d[i];
-    return dot_at(acc, c, x, f, unit, is_signed);
-}
+INLINE float lanes_sum(lanes acc) { return vf_sum(acc); } /* by halves, as sum_tile_lanes does */
 
 /* 4 x 4 dwords: to[i * to_stride + j] = from[j * from_stride + i] */
 INLINE void transpose4(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride)

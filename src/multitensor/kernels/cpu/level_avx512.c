@@ -11,7 +11,7 @@
 #define INLINE static inline __attribute__((always_inline, unused)) TARGET
 
 #define VL 16
-#define SIGNED_BIAS 128   /* vpdpbusd wants unsigned codes: fast_codes adds this to signed ones */
+#define SIGNED_BIAS 128   /* vpdpbusd wants unsigned codes: load_fast_codes adds this to signed ones */
 #define PACKED_INTEGERS 1
 #define INTEGER_TOKENS 6  /* tokens of an integer micro-kernel: 2 x 6 integer and 2 x 6 float sums in 32 registers */
 #define INTEGER_TOKENS_LESS 3
@@ -137,29 +137,54 @@ INLINE vf codes_floats(codes c, int part) /* signed codes [part * VL, part * VL 
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(quarter));
 }
 
-/* The factors of 16 groups, one a lane. */
-typedef __m512 factors;
-INLINE factors factors_of(const vf products[1]) { return products[0]; }
-
-/* acc + factor[g] * (integer products of group g), spread over the lanes, for block `b` of those that the 16 groups
- * cover; never signed here */
-INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
+/* Products of a block's codes and activations, four neighbouring ones summed a dword; never signed here. */
+typedef vi block_products;
+INLINE block_products codes_multiply(codes c, const int8_t *x, int unit, int is_signed)
 {
-    (void)is_signed;
-    vi products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x));
-    vi spread = unit == UNIT32 ? _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0)
-                               : _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
-    spread = _mm512_add_epi32(spread, _mm512_set1_epi32(unit == UNIT32 ? 2 * b : 4 * b));
-    return _mm512_fmadd_ps(_mm512_permutexvar_ps(spread, f), _mm512_cvtepi32_ps(products), acc);
+    (void)unit, (void)is_signed;
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x));
+}
+INLINE block_products no_products(void) { return _mm512_setzero_si512(); }
+
+/* Each 128-bit lane: the sums of that lane of four vectors. */
+INLINE vi sum_quads(const vi p[4])
+{
+    vi a = _mm512_add_epi32(_mm512_unpacklo_epi32(p[0], p[1]), _mm512_unpackhi_epi32(p[0], p[1]));
+    vi b = _mm512_add_epi32(_mm512_unpacklo_epi32(p[2], p[3]), _mm512_unpackhi_epi32(p[2], p[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
+/* Sums of 16 groups, in their order, from the 8 (UNIT32) or 4 (UNIT16) blocks that they cover. */
+INLINE void group_sums(const block_products *p, int unit, vf sums[1])
 {
-    __m128 four = unit == UNIT32 ? _mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)scales)),
-                                              _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)d)))
-                                 : _mm_mul_ps(_mm_loadu_ps(scales), _mm_loadu_ps(d));
-    return codes_dot_factors(acc, c, x, _mm512_castps128_ps512(four), 0, unit, is_signed);
+    vi quads = sum_quads(p), order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    if (unit == UNIT32) {
+        vi more = sum_quads(p + 4);
+        quads = _mm512_add_epi32(_mm512_shuffle_i32x4(quads, more, 0x88), _mm512_shuffle_i32x4(quads, more, 0xdd));
+        order = _mm512_set_epi32(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    }
+    sums[0] = _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, quads));
+}
+
+/* LANES sums. */
+typedef __m256 lanes;
+INLINE lanes lanes_zero(void) { return _mm256_setzero_ps(); }
+INLINE lanes lanes_add(lanes acc, const vf factors[1], const vf sums[1], const vf minima[1], const vf offsets[1],
+                       int has_minimum)
+{
+    acc = _mm256_fmadd_ps(_mm512_castps512_ps256(factors[0]), _mm512_castps512_ps256(sums[0]), acc);
+    if (has_minimum)
+        acc = _mm256_fmadd_ps(_mm512_castps512_ps256(minima[0]), _mm512_castps512_ps256(offsets[0]), acc);
+    acc = _mm256_fmadd_ps(_mm512_extractf32x8_ps(factors[0], 1), _mm512_extractf32x8_ps(sums[0], 1), acc);
+    if (has_minimum)
+        acc = _mm256_fmadd_ps(_mm512_extractf32x8_ps(minima[0], 1), _mm512_extractf32x8_ps(offsets[0], 1), acc);
+    return acc;
+}
+INLINE float lanes_sum(lanes acc) /* by halves, as sum_tile_lanes does */
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
 /* ---- packed tiles: a dword a row holds four neighbouring codes of that row ---- */

@@ -198,44 +198,45 @@ INLINE vf codes_floats(codes c, int part) /* signed codes [part * VL, part * VL 
     return v;
 }
 
-/* The factors of 16 groups. */
+/* Integer products of a block's groups. */
 typedef struct {
-    float of[16];
-} factors;
-INLINE factors factors_of(const vf products[4])
+    int32_t of[4];
+} block_products;
+INLINE block_products codes_multiply(codes c, const int8_t *x, int unit, int is_signed)
 {
-    factors f;
-    memcpy(f.of, products, sizeof f.of);
-    return f;
+    const int size = (int)unit_weights(unit);
+    block_products p = {{0}};
+    for (int g = 0; g < BLOCK / size; g++)
+        for (int i = g * size; i < (g + 1) * size; i++)
+            p.of[g] += (is_signed ? (int32_t)(int8_t)c.b[i] : (int32_t)c.b[i]) * x[i];
+    return p;
+}
+INLINE block_products no_products(void) { return (block_products){{0}}; }
+
+/* Sums of 16 groups from the 8 (UNIT32) or 4 (UNIT16) blocks that they cover. */
+INLINE void group_sums(const block_products *p, int unit, vf sums[4])
+{
+    const int per_block = BLOCK / (int)unit_weights(unit);
+    for (int g = 0; g < 16; g++)
+        sums[g / VL][g % VL] = (float)p[g / per_block].of[g % per_block];
 }
 
-/* acc + sum over the groups of factor[g] * (integer product), in lane 0, for a block whose groups' factors are at f */
-INLINE vf dot_at(vf acc, codes c, const int8_t *x, const float *f, int unit, int is_signed)
+/* LANES sums. */
+typedef struct {
+    vf of[2];
+} lanes;
+INLINE lanes lanes_zero(void) { return (lanes){{vf_zero(), vf_zero()}}; }
+INLINE lanes lanes_add(lanes acc, const vf factors[4], const vf sums[4], const vf minima[4], const vf offsets[4],
+                       int has_minimum)
 {
-    int size = (int)unit_weights(unit);
-    for (int g = 0; g < BLOCK / size; g++) {
-        int32_t sum = 0;
-        for (int i = g * size; i < (g + 1) * size; i++)
-            sum += (is_signed ? (int32_t)(int8_t)c.b[i] : (int32_t)c.b[i]) * x[i];
-        acc[0] += f[g] * (float)sum;
+    for (int i = 0; i < 4; i++) {
+        acc.of[i % 2] = vf_fma(factors[i], sums[i], acc.of[i % 2]);
+        if (has_minimum)
+            acc.of[i % 2] = vf_fma(minima[i], offsets[i], acc.of[i % 2]);
     }
     return acc;
 }
-
-/* For block `b` of those that the 16 groups cover. */
-INLINE vf codes_dot_factors(vf acc, codes c, const int8_t *x, factors f, int b, int unit, int is_signed)
-{
-    return dot_at(acc, c, x, f.of + (unit == UNIT32 ? 2 : 4) * b, unit, is_signed);
-}
-
-/* The same for the first block of the groups at scales and d, factor[g] = scales[g] * d[g]. */
-INLINE vf codes_dot(vf acc, codes c, const int8_t *x, const float *scales, const float *d, int unit, int is_signed)
-{
-    float f[4];
-    for (int i = 0; i < (unit == UNIT32 ? 2 : 4); i++)
-        f[i] = scales[i] * d[i];
-    return dot_at(acc, c, x, f, unit, is_signed);
-}
+INLINE float lanes_sum(lanes acc) { return vf_sum(vf_add(acc.of[0], acc.of[1])); }
 
 /* 4 x 4 dwords: to[i * to_stride + j] = from[j * from_stride + i] */
 INLINE void transpose4(const uint32_t *from, int64_t from_stride, uint32_t *to, int64_t to_stride)

@@ -38,8 +38,11 @@ FN void multiply_fast(const weight *w, int64_t r0, int64_t r1, const activations
             TYPES[w->type].codes(w, row, 0, w->cols, (uint8_t *)work.rows, work.scales, work.minima);
             for (int64_t t = 0, n; t < a->tokens; t += n) {
                 n = next_tokens(a->tokens - t);
+                for (int64_t i = 0; i < n; i++) /* first, as for one token and in tiles */
+                    out[i] = to.bias ? to.bias[row] : 0.0f;
                 dot_codes_of(n, unit, is_signed, (uint8_t *)work.rows, &work, a, t, out);
-                store_row(out, n, t, row, to);
+                for (int64_t i = 0; i < n; i++)
+                    to.out[(t + i) * to.stride + row] = out[i];
             }
         }
     }

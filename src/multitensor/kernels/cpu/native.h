@@ -14,6 +14,8 @@
 /* Up to so many tokens rows are multiplied one by one, where tiles would not repay the packing (measured). */
 #define FAST_ROW_TOKENS 4
 #define EXACT_ROW_TOKENS 8
+#define GROUPS 16         /* scale groups handled at a time where rows are multiplied one by one */
+#define LANES 8           /* sums that a product with 8-bit activations is made of: group g belongs to sum g % LANES */
 #define TILE_COLS 4096    /* columns of a packed tile of 8-bit codes; a quarter of it in floats */
 
 /* Numbers known to library.py (TYPE_IDS). */
@@ -86,13 +88,18 @@ static inline int64_t cache_groups(int64_t cache_type, int64_t head_dim)
 
 #define ATTENTION_ROWS 64 /* (token, head) pairs of one attention task, at most */
 #define ATTENTION_KEYS 64 /* keys handled at a time */
+/* Softmax is taken over positions [0, SEGMENT_KEYS), [SEGMENT_KEYS, 2 * SEGMENT_KEYS), ... apart, and these results are
+ * joined in order, whether one task goes through them or several: so the result does not tell how work was divided. */
+#define SEGMENT_KEYS 256
 
 /* One task: rows [row0, row0 + rows) of the (token, head) pairs of one sequence and one KV head, numbered token by
- * token over the `n_group` query heads in `group`; keys [key0, key1). When `partial` is not null the unnormalised
- * result goes there, a row after another: head_dim floats, the maximum, the sum. */
+ * token over the `n_group` query heads in `group`; keys [key0, key1). When `partial` is not null the keys are of one
+ * segment and the unnormalised result goes there, a row after another: head_dim floats, the maximum, the sum; the first
+ * of the tasks that share rows has their number in `parts`. */
 typedef struct {
     int64_t sequence, kv_head, row0, rows, key0, key1, n_group;
     const int32_t *group;
+    int64_t parts;
     float *partial;
 } attention_task;
 
@@ -114,7 +121,8 @@ typedef struct {
     /* One head, to codes and scales. */
     void (*to_codes)(const float *from, int64_t n, int64_t cache_type, uint8_t *codes, uint16_t *scales);
     void (*attend)(const attention *a, const attention_task *task, void *scratch);
-    void (*attend_merge)(const float *const *partials, int64_t n, int64_t head_dim, float *out);
+    /* n partial results of one row, `stride` floats apart, to out [head_dim] */
+    void (*attend_merge)(const float *partials, int64_t stride, int64_t n, int64_t head_dim, float *out);
 } kernel_table;
 
 extern const kernel_table kernels_scalar;

@@ -36,7 +36,6 @@ typedef struct {
     const context *c;
     const attention *a;
     attention_task *tasks;
-    int64_t splits; /* tasks in a row that share queries and differ in keys */
 } attention_job;
 
 static void attention_chunk(void *argument, int64_t chunk, void *scratch)
@@ -45,7 +44,7 @@ static void attention_chunk(void *argument, int64_t chunk, void *scratch)
     job->c->table->attend(job->a, &job->tasks[chunk], scratch);
 }
 
-#define SPLIT_KEYS 128 /* keys of one task at least, where keys are split */
+#define MOST_PARTIAL_BYTES (64 << 20) /* keys are not divided among tasks where their results would be larger */
 
 /* Query heads sorted by the KV head they read: heads[first[kv] .. first[kv + 1]). */
 static void group_heads(const attention *a, int32_t *heads, int64_t *first)
@@ -60,10 +59,10 @@ static void group_heads(const attention *a, int32_t *heads, int64_t *first)
     first[a->n_kv_heads] = n;
 }
 
-/* Tasks for all (sequence, KV head, rows, keys); counts only while `tasks` is null. Longest sequences' last rows come
- * first within a sequence, as they see most keys. */
-static int64_t list_tasks(const attention *a, const int32_t *heads, const int64_t *first, int64_t splits,
-                          float *partials, attention_task *tasks)
+/* Tasks for all (sequence, KV head, rows), with `split` one for each segment of the keys; counts only while `tasks` is
+ * null. partials: null, or room for `partial_floats` a task. Last rows come first, as they see most keys. */
+static int64_t list_tasks(const attention *a, const int32_t *heads, const int64_t *first, int split, float *partials,
+                          int64_t partial_floats, attention_task *tasks)
 {
     int64_t n = 0;
     for (int64_t s = 0; s < a->n_sequences; s++)
@@ -71,45 +70,44 @@ static int64_t list_tasks(const attention *a, const int32_t *heads, const int64_
             int64_t group = first[kv + 1] - first[kv], rows = a->query_lens[s] * group;
             for (int64_t row0 = rows > 0 ? (rows - 1) / ATTENTION_ROWS * ATTENTION_ROWS : -1; row0 >= 0;
                  row0 -= ATTENTION_ROWS) {
-                int64_t count = min_int(ATTENTION_ROWS, rows - row0), context = a->context_lens[s];
+                int64_t count = min_int(ATTENTION_ROWS, rows - row0), context = a->context_lens[s], before = n;
                 int64_t last = context + (row0 + count - 1) / group + 1, oldest = context + row0 / group;
-                int64_t begin = a->window ? max_int(0, oldest - a->window + 1) : 0;
-                int64_t step = splits > 1 ? round_up((last - begin + splits - 1) / splits, ATTENTION_KEYS) : last - begin;
-                for (int64_t i = 0; i < splits; i++, n++)
-                    if (tasks) {
-                        int64_t key0 = min_int(last, begin + i * step), key1 = min_int(last, key0 + step);
-                        float *partial = partials ? partials + n * ATTENTION_ROWS * (a->head_dim + 2) : NULL;
-                        tasks[n] = (attention_task){s, kv, row0, count, key0, key1, group, heads + first[kv], partial};
-                    }
+                int64_t key0 = a->window ? max_int(0, oldest - a->window + 1) : 0, key1;
+                for (; key0 < last; key0 = key1, n++) {
+                    key1 = split ? min_int(last, (key0 / SEGMENT_KEYS + 1) * SEGMENT_KEYS) : last;
+                    float *partial = partials ? partials + n * partial_floats : NULL;
+                    if (tasks)
+                        tasks[n] = (attention_task){s, kv, row0, count, key0, key1, group, heads + first[kv],
+                                                    0, partial};
+                }
+                if (tasks)
+                    tasks[before].parts = n - before;
             }
         }
     return n;
 }
 
-static void merge_tasks(const context *c, const attention *a, const attention_task *tasks, int64_t n, int64_t splits)
+static void merge_tasks(const context *c, const attention *a, const attention_task *tasks, int64_t n,
+                        int64_t partial_floats)
 {
-    const float *partials[MAX_THREADS];
-    for (int64_t i = 0; i < n; i += splits)
+    for (int64_t i = 0; i < n; i += tasks[i].parts)
         for (int64_t r = 0; r < tasks[i].rows; r++) {
             int64_t row = tasks[i].row0 + r, token = a->query_starts[tasks[i].sequence] + row / tasks[i].n_group;
-            for (int64_t p = 0; p < splits; p++)
-                partials[p] = tasks[i + p].partial + r * (a->head_dim + 2);
-            c->table->attend_merge(partials, splits, a->head_dim,
-                                   a->out + (token * a->n_heads + tasks[i].group[row % tasks[i].n_group]) * a->head_dim);
+            float *out = a->out + (token * a->n_heads + tasks[i].group[row % tasks[i].n_group]) * a->head_dim;
+            const float *partials = tasks[i].partial + r * (a->head_dim + 2);
+            c->table->attend_merge(partials, partial_floats, tasks[i].parts, a->head_dim, out);
         }
 }
 
-/* Keys are split only where there are fewer tasks than threads can share well. */
-static int64_t choose_splits(const context *c, const attention *a, int64_t tasks)
+/* Floats of one task's result: as many rows as the largest has. */
+static int64_t largest_partial(const attention *a, const int64_t *first)
 {
-    int64_t longest = 0, threads = c->threads.threads;
+    int64_t tokens = 0, group = 0;
     for (int64_t s = 0; s < a->n_sequences; s++)
-        longest = max_int(longest, a->context_lens[s] + a->query_lens[s]);
-    if (a->window)
-        longest = min_int(longest, a->window);
-    if (threads == 1 || tasks >= 4 * threads)
-        return 1;
-    return max_int(1, min_int(min_int(MAX_THREADS, 2 * threads), longest / SPLIT_KEYS));
+        tokens = max_int(tokens, a->query_lens[s]);
+    for (int64_t kv = 0; kv < a->n_kv_heads; kv++)
+        group = max_int(group, first[kv + 1] - first[kv]);
+    return min_int(ATTENTION_ROWS, tokens * group) * (a->head_dim + 2);
 }
 
 static int check_blocks(const attention *a, int64_t n_blocks)
@@ -132,7 +130,7 @@ static int run_attention(context *c, const attention *a)
 {
     attention_job job = {.c = c, .a = a};
     int64_t padded = round_up(a->head_dim, MAX_TILE_ROWS), keys = 0;
-    int64_t scratch = (2 * ATTENTION_ROWS + 3 * ATTENTION_KEYS) * padded + ATTENTION_ROWS * ATTENTION_KEYS;
+    int64_t scratch = (3 * ATTENTION_ROWS + 3 * ATTENTION_KEYS) * padded + ATTENTION_ROWS * ATTENTION_KEYS;
     int64_t first_bytes = (a->n_kv_heads + 1) * (int64_t)sizeof(int64_t);
     int64_t head_bytes = round_up(a->n_heads * (int64_t)sizeof(int32_t), 64);
     uint8_t *heads_memory = malloc((size_t)(head_bytes + first_bytes));
@@ -141,23 +139,25 @@ static int run_attention(context *c, const attention *a)
     int32_t *heads = (int32_t *)heads_memory;
     int64_t *first = (int64_t *)(heads_memory + head_bytes);
     group_heads(a, heads, first);
-    int64_t n = list_tasks(a, heads, first, 1, NULL, NULL);
-    job.splits = choose_splits(c, a, n);
-    n *= job.splits;
+    int64_t n = list_tasks(a, heads, first, 0, NULL, 0, NULL), partial_floats = largest_partial(a, first);
+    int64_t parts = list_tasks(a, heads, first, 1, NULL, 0, NULL);
+    int64_t partial_bytes = parts * partial_floats * (int64_t)sizeof(float);
+    int few = c->threads.threads > 1 && n < 4 * c->threads.threads; /* fewer than threads can share well */
+    int split = few && parts > n && partial_bytes <= MOST_PARTIAL_BYTES;
+    n = split ? parts : n;
     int64_t task_bytes = round_up(n * (int64_t)sizeof(attention_task), 64);
-    int64_t partial_bytes = job.splits > 1 ? n * ATTENTION_ROWS * (a->head_dim + 2) * (int64_t)sizeof(float) : 0;
-    int status = reserve(&c->extra_memory, &c->extra_bytes, task_bytes + partial_bytes);
+    int status = reserve(&c->extra_memory, &c->extra_bytes, task_bytes + (split ? partial_bytes : 0));
     if (status == 0)
         status = pool_reserve(&c->threads, scratch * (int64_t)sizeof(float));
     if (status == 0) {
         job.tasks = (attention_task *)c->extra_memory;
-        list_tasks(a, heads, first, job.splits, partial_bytes ? (float *)(c->extra_memory + task_bytes) : NULL,
-                   job.tasks);
+        float *partials = split ? (float *)(c->extra_memory + task_bytes) : NULL;
+        list_tasks(a, heads, first, split, partials, partial_floats, job.tasks);
         for (int64_t i = 0; i < n; i++)
             keys += job.tasks[i].rows * (job.tasks[i].key1 - job.tasks[i].key0);
         pool_run(&c->threads, attention_chunk, &job, n, 2 * keys * a->head_dim >= PARALLEL_WORK);
-        if (job.splits > 1)
-            merge_tasks(c, a, job.tasks, n, job.splits);
+        if (split)
+            merge_tasks(c, a, job.tasks, n, partial_floats);
     }
     free(heads_memory);
     return status;

@@ -23,9 +23,9 @@ INLINE void row_planes(int type, const weight *w, int64_t row, const uint8_t **q
 
 /* Scales and minima of 16 groups from `g` on, of which `left` belong to the row (zeros after them). */
 INLINE void load_sixteen(int type, const weight *w, int64_t row, int64_t g, int64_t left, const workspace *work,
-                         vf scales[16 / VL], vf minima[16 / VL])
+                         vf scales[GROUPS / VL], vf minima[GROUPS / VL])
 {
-    for (int i = 0; i < 16 / VL; i++) {
+    for (int i = 0; i < GROUPS / VL; i++) {
         if (type_is_super(type) || type == MXFP4) { /* the row's were computed beforehand */
             scales[i] = vf_load(work->scales + g + i * VL);
             minima[i] = vf_load(work->minima + g + i * VL);
@@ -40,36 +40,55 @@ INLINE void load_sixteen(int type, const weight *w, int64_t row, int64_t g, int6
     }
 }
 
+/* acc += factor * (integer sums) + minimum * (sum of activations): what integer_tile does for many rows. */
+INLINE lanes add_groups(lanes acc, const block_products *products, const vf *scales, const vf *minima, const float *d,
+                        const float *sum, int unit, int has_minimum)
+{
+    vf sums[GROUPS / VL], factors[GROUPS / VL], offsets[GROUPS / VL];
+    group_sums(products, unit, sums);
+    for (int i = 0; i < GROUPS / VL; i++) {
+        factors[i] = vf_mul(scales[i], vf_load(d + i * VL));
+        offsets[i] = vf_load(sum + i * VL);
+    }
+    return lanes_add(acc, factors, sums, minima, offsets, has_minimum);
+}
+
 INLINE void multiply_one_fast(int type, const weight *w, int64_t r0, int64_t r1, const activations *a, destination to,
                               workspace *work)
 {
     const int unit = type_unit(type);
     const int64_t cols = w->cols, size = unit_weights(unit), groups = (cols + size - 1) / size;
-    const int64_t blocks = (cols + BLOCK - 1) / BLOCK, step = 16 * size / BLOCK;
+    const int64_t blocks = (cols + BLOCK - 1) / BLOCK, step = GROUPS * size / BLOCK;
     for (int64_t row = r0; row < r1; row++) {
         const uint8_t *quants, *high;
+        float total = to.bias ? to.bias[row] : 0.0f;
         row_planes(type, w, row, &quants, &high);
         if (type_is_super(type) || type == MXFP4)
             load_scales(w, row, 0, cols, fast_zero(type), work->scales, work->minima);
-        vf acc[2] = {vf_zero(), vf_zero()}, below = vf_zero(), scales[16 / VL], minima[16 / VL];
-        for (int64_t b = 0, g = 0; b < blocks; b += step, g += 16) {
-            load_sixteen(type, w, row, g, groups - g, work, scales, minima);
-            if (fast_has_minimum(type))
-                for (int i = 0; i < 16 / VL; i++)
-                    below = vf_fma(minima[i], vf_load(a->sum[unit] + g + i * VL), below);
-            for (int i = 0; i < 16 / VL; i++)
-                scales[i] = vf_mul(scales[i], vf_load(a->d[unit] + g + i * VL));
-            factors f = factors_of(scales);
-            if (cols >= (b + step) * BLOCK) /* unrolled: no block is short, none is missing */
-                for (int j = 0; j < step; j++)
-                    acc[j & 1] = codes_dot_factors(acc[j & 1], load_fast_codes(type, quants, high, b + j, (b + step) * BLOCK),
-                                                   a->q + (b + j) * BLOCK, f, j, unit, fast_is_signed(type));
-            else
-                for (int j = 0; b + j < blocks; j++)
-                    acc[j & 1] = codes_dot_factors(acc[j & 1], load_fast_codes(type, quants, high, b + j, cols),
-                                                   a->q + (b + j) * BLOCK, f, j, unit, fast_is_signed(type));
+        for (int64_t c0 = 0; c0 < cols; c0 += TILE_COLS) {
+            lanes acc = lanes_zero();
+            vf scales[GROUPS / VL], minima[GROUPS / VL];
+            for (int64_t b = c0 / BLOCK, g = c0 / size; b < min_int(blocks, (c0 + TILE_COLS) / BLOCK);
+                 b += step, g += GROUPS) {
+                block_products products[GROUPS * 32 / BLOCK];
+                load_sixteen(type, w, row, g, groups - g, work, scales, minima);
+                if (cols >= (b + step) * BLOCK) /* unrolled: no block is short, none is missing */
+                    for (int j = 0; j < step; j++)
+                        products[j] = codes_multiply(load_fast_codes(type, quants, high, b + j, (b + step) * BLOCK),
+                                                     a->q + (b + j) * BLOCK, unit, fast_is_signed(type));
+                else
+                    for (int j = 0; j < step; j++) {
+                        products[j] = no_products();
+                        if (b + j < blocks)
+                            products[j] = codes_multiply(load_fast_codes(type, quants, high, b + j, cols),
+                                                         a->q + (b + j) * BLOCK, unit, fast_is_signed(type));
+                    }
+                acc = add_groups(acc, products, scales, minima, a->d[unit] + g, a->sum[unit] + g, unit,
+                                 fast_has_minimum(type));
+            }
+            total += lanes_sum(acc);
         }
-        to.out[row] = vf_sum(vf_add(vf_add(acc[0], acc[1]), below)) + (to.bias ? to.bias[row] : 0.0f);
+        to.out[row] = total;
     }
 }
 
@@ -165,24 +184,47 @@ static const type_functions TYPES[N_TYPES] = {
 #undef ENTRY
 };
 
-/* One decoded row times `n` tokens from `t` on. */
+/* One decoded row times `n` tokens from `t` on, added to out. `blocks`: those of the GROUPS groups from block b on. */
+INLINE void dot_groups(int n, int unit, int is_signed, int64_t blocks, const uint8_t *row, const workspace *work,
+                       const activations *a, int64_t t, int64_t b, lanes acc[4])
+{
+    const int64_t step = GROUPS * unit_weights(unit) / BLOCK, g = b * BLOCK / unit_weights(unit);
+    vf scales[GROUPS / VL], minima[GROUPS / VL];
+    for (int i = 0; i < GROUPS / VL; i++) {
+        scales[i] = vf_load(work->scales + g + i * VL);
+        minima[i] = vf_load(work->minima + g + i * VL);
+    }
+    for (int i = 0; i < n; i++) {
+        const int8_t *q = a->q + (t + i) * a->padded + b * BLOCK;
+        int64_t at = (t + i) * a->groups[unit] + g;
+        block_products products[GROUPS * 32 / BLOCK];
+        for (int j = 0; j < step; j++) {
+            products[j] = no_products();
+            if (j < blocks)
+                products[j] = codes_multiply(codes_bytes(row + (b + j) * BLOCK), q + j * BLOCK, unit, is_signed);
+        }
+        acc[i] = add_groups(acc[i], products, scales, minima, a->d[unit] + at, a->sum[unit] + at, unit, !is_signed);
+    }
+}
+
 INLINE void dot_codes(int n, int unit, int is_signed, const uint8_t *row, const workspace *work, const activations *a,
                       int64_t t, float *out)
 {
-    int64_t per_block = BLOCK / unit_weights(unit), stride = a->groups[unit];
-    vf acc[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-    for (int64_t b = 0; b < a->padded / BLOCK; b++) {
-        codes c = codes_bytes(row + b * BLOCK);
+    const int64_t step = GROUPS * unit_weights(unit) / BLOCK;
+    for (int64_t c0 = 0; c0 < a->padded; c0 += TILE_COLS) {
+        lanes acc[4];
         for (int i = 0; i < n; i++)
-            acc[i] = codes_dot(acc[i], c, a->q + (t + i) * a->padded + b * BLOCK, work->scales + b * per_block,
-                               a->d[unit] + (t + i) * stride + b * per_block, unit, is_signed);
+            acc[i] = lanes_zero();
+        int64_t b = c0 / BLOCK, end = min_int(a->padded, c0 + TILE_COLS) / BLOCK;
+        for (; b + step <= end; b += step)
+            dot_groups(n, unit, is_signed, step, row, work, a, t, b, acc);
+        if (b + 1 == end) /* worth its own code: 576 columns, say */
+            dot_groups(n, unit, is_signed, 1, row, work, a, t, b, acc);
+        else if (b < end)
+            dot_groups(n, unit, is_signed, end - b, row, work, a, t, b, acc);
+        for (int i = 0; i < n; i++)
+            out[i] += lanes_sum(acc[i]);
     }
-    if (!is_signed)
-        for (int64_t g = 0; g < a->padded / BLOCK * per_block; g += VL)
-            for (int i = 0; i < n; i++)
-                acc[i] = vf_fma(vf_load(work->minima + g), vf_load(a->sum[unit] + (t + i) * stride + g), acc[i]);
-    for (int i = 0; i < n; i++)
-        out[i] = vf_sum(acc[i]);
 }
 
 FN void dot_codes_of(int64_t n, int unit, int is_signed, const uint8_t *row, const workspace *work,

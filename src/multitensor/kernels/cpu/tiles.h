@@ -89,18 +89,32 @@ FN void multiply_tile_exact(const weight *w, int64_t r0, int64_t rows, const act
 }
 
 #if PACKED_INTEGERS
-/* result = tile times `n` tokens from `t` on, for `groups` scale groups from column c0 on. */
-INLINE void integer_tile(int n, int unit, int is_signed, const workspace *work, const activations *a, int64_t t,
-                         int64_t c0, int64_t groups, float *result)
+/* Where group g of `groups` lies in a packed tile: groups of one lane are neighbours. */
+INLINE int64_t tile_place(int64_t g, int64_t groups)
+{
+    return g % LANES * ((groups + LANES - 1) / LANES) + g / LANES;
+}
+
+/* Four rows of codes, `depth` each, to a tile. */
+INLINE void pack_codes(int unit, const uint8_t *rows, int64_t depth, uint32_t *tile)
+{
+    const int64_t size = unit_weights(unit), groups = depth / size;
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        uint32_t *to = tile + tile_place(lane, groups) * size / 4 * TILE_ROWS;
+        for (int64_t g = lane; g < groups; g += LANES, to += size / 4 * TILE_ROWS)
+            pack_dwords((const uint32_t *)(rows + g * size), depth / 4, size / 4, to, TILE_ROWS);
+    }
+}
+
+/* acc [n][2] = tile times `n` tokens over the groups lane, lane + LANES, ...; d, sum, q: of the tile's first group. */
+INLINE void integer_lane(int n, int unit, int is_signed, const workspace *work, const activations *a, const float *d,
+                         const float *sum, const int8_t *q, int64_t lane, int64_t groups, vf acc[INTEGER_TOKENS][2])
 {
     const int64_t size = unit_weights(unit), stride = a->groups[unit];
-    const float *d = a->d[unit] + t * stride + c0 / size, *sum = a->sum[unit] + t * stride + c0 / size;
-    const int8_t *q = a->q + t * a->padded + c0;
-    vf acc[INTEGER_TOKENS][2];
+    const uint8_t *w = work->tile + tile_place(lane, groups) * size * TILE_ROWS;
     for (int i = 0; i < n; i++)
         acc[i][0] = acc[i][1] = vf_zero();
-    for (int64_t g = 0; g < groups; g++) {
-        const uint8_t *w = work->tile + g * size * TILE_ROWS;
+    for (int64_t g = lane; g < groups; g += LANES, w += size * TILE_ROWS) {
         vi products[INTEGER_TOKENS][2];
         for (int i = 0; i < n; i++)
             products[i][0] = products[i][1] = vi_zero();
@@ -123,9 +137,35 @@ INLINE void integer_tile(int n, int unit, int is_signed, const workspace *work, 
             }
         }
     }
-    for (int i = 0; i < n; i++)
-        for (int j = 0; j < 2; j++)
-            vf_store(result + i * TILE_ROWS + j * VL, acc[i][j]);
+}
+
+INLINE vf sum_tile_lanes(const float *parts, int64_t stride) /* by halves, as lanes_sum does; `stride` floats apart */
+{
+    vf sums[LANES / 2];
+    for (int i = 0; i < LANES / 2; i++)
+        sums[i] = vf_add(vf_load(parts + i * stride), vf_load(parts + (i + LANES / 2) * stride));
+    for (int n = LANES / 4; n > 0; n /= 2)
+        for (int i = 0; i < n; i++)
+            sums[i] = vf_add(sums[i], sums[i + n]);
+    return sums[0];
+}
+
+/* result = tile times `n` tokens from `t` on, for `groups` scale groups from column c0 on. */
+INLINE void integer_tile(int n, int unit, int is_signed, const workspace *work, const activations *a, int64_t t,
+                         int64_t c0, int64_t groups, float *result)
+{
+    const int64_t first = t * a->groups[unit] + c0 / unit_weights(unit);
+    float parts[LANES * INTEGER_TOKENS * TILE_ROWS];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        vf acc[INTEGER_TOKENS][2];
+        integer_lane(n, unit, is_signed, work, a, a->d[unit] + first, a->sum[unit] + first, a->q + t * a->padded + c0,
+                     lane, groups, acc);
+        for (int i = 0; i < n; i++)
+            for (int j = 0; j < 2; j++)
+                vf_store(parts + (lane * n + i) * TILE_ROWS + j * VL, acc[i][j]);
+    }
+    for (int i = 0; i < n * TILE_ROWS; i += VL)
+        vf_store(result + i, sum_tile_lanes(parts + i, n * TILE_ROWS));
 }
 
 /* n: INTEGER_TOKENS, INTEGER_TOKENS_LESS or 1 */
@@ -159,7 +199,10 @@ FN void multiply_tile_fast(const weight *w, int64_t r0, int64_t rows, const acti
                                          work->minima + i * stride);
                 else
                     memset(decoded + i * depth, 0, (size_t)depth);
-            pack_dwords((uint32_t *)decoded, depth / 4, depth / 4, (uint32_t *)work->tile + r, TILE_ROWS);
+            if (unit == UNIT32)
+                pack_codes(UNIT32, decoded, depth, (uint32_t *)work->tile + r);
+            else
+                pack_codes(UNIT16, decoded, depth, (uint32_t *)work->tile + r);
             pack_dwords((uint32_t *)work->scales, stride, depth / size, (uint32_t *)work->tile_scales + r, TILE_ROWS);
             pack_dwords((uint32_t *)work->minima, stride, depth / size, (uint32_t *)work->tile_minima + r, TILE_ROWS);
         }
