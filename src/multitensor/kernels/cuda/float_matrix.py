@@ -82,12 +82,14 @@ class FloatKernels:
     def pays(self, x: torch.Tensor, w: torch.Tensor) -> bool:
         """Whether `multiply` is the better choice than cuBLAS, as measured on an H200 in bfloat16.
 
-        One token: level at 117 MB and more, 8 to 25% faster below. Two to four: 3 to 20% faster below, 2 to 5% slower
-        above (at four tokens level in the middle). From five on cuBLAS is. cuBLAS does not take two types.
+        Alone, one token: level at 117 MB and more, 8 to 25% faster below; two to four: 3 to 20% faster below, 2 to 5%
+        slower above (at four tokens level in the middle); from five on cuBLAS is. In a chain with other kernels the large
+        ones lose what early starts promise: blocks that start beside another kernel's land unevenly (docs/perf-log.md),
+        so large matrices are cuBLAS's whatever the tokens. cuBLAS does not take two types.
         """
         if x.dtype != w.dtype:
             return True
-        return x.shape[0] == 1 or (x.shape[0] <= 4 and w.numel() * w.element_size() < _LIBRARY_BYTES)
+        return x.shape[0] <= 4 and w.numel() * w.element_size() < _LIBRARY_BYTES
 
     def multiply(self, x: torch.Tensor, w: torch.Tensor, *, float_out: bool = False) -> torch.Tensor:
         """x [T, K] float16 or bfloat16, w [N, K] float16, bfloat16 or float32, any row stride.

@@ -140,7 +140,7 @@ class LayerKernel:
         overlap: bool | None = None,
     ) -> None:
         self._warps = shape.warps(tiles.shared_limit) if warps is None else warps
-        self._shared = shape.shared_bytes(self._warps)
+        self._shared = shape.shared_bytes(self._warps) if self._warps else 0
         if self._warps == 0 or self._shared > tiles.shared_limit:
             raise ValueError(f"{shape.tokens} tokens of {256 * shape.widest} columns leave no room for weights")
         self._tiles, self._types, self._rank, self._own = tiles, shape.types, rank, own

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 SOURCES = Path(__file__).parent
+_ONE_AT_A_TIME = threading.Lock()  # ranks that are threads: cuda.core cannot be imported by two at once
 
 
 def cache_folder() -> Path:
@@ -34,11 +36,12 @@ class Program:
     """
 
     def __init__(self, sources: str | tuple[str, ...], defines: Mapping[str, object], device: torch.device) -> None:
-        from cuda.core import ObjectCode
-
         major, minor = torch.cuda.get_device_capability(device)
         self._device = device
-        self._module = ObjectCode.from_cubin(_compiled(sources, defines, f"sm_{major}{minor}"))
+        with _ONE_AT_A_TIME:
+            from cuda.core import ObjectCode
+
+            self._module = ObjectCode.from_cubin(_compiled(sources, defines, f"sm_{major}{minor}"))
         self._kernels: dict[str, Any] = {}
 
     def kernel(self, name: str) -> Any:
