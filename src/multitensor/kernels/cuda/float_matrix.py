@@ -83,9 +83,9 @@ class FloatKernels:
         """Whether `multiply` is the better choice than cuBLAS, as measured on an H200 in bfloat16.
 
         Alone, one token: level at 117 MB and more, 8 to 25% faster below; two to four: 3 to 20% faster below, 2 to 5%
-        slower above (at four tokens level in the middle); from five on cuBLAS is. In a chain with other kernels the large
-        ones lose what early starts promise: blocks that start beside another kernel's land unevenly (docs/perf-log.md),
-        so large matrices are cuBLAS's whatever the tokens. cuBLAS does not take two types.
+        slower above (at four tokens level in the middle); from five on cuBLAS is. In a chain with other kernels the
+        large ones lose what early starts promise: blocks that start beside another kernel's land unevenly
+        (docs/perf-log.md), so large matrices are cuBLAS's whatever the tokens. cuBLAS does not take two types.
         """
         if x.dtype != w.dtype:
             return True
