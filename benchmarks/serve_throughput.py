@@ -6,8 +6,8 @@
 The same work thrice: `--streams` prompts of `--prompt` random ids each, `--generate` tokens of each, all at once. First
 the engine alone (`LLM.generate`), then `multitensor serve` with one streaming client a prompt in a process of its own,
 then llama-batched-bench where it is given. Throughput counts generated tokens over the whole time, prefill included;
-medians of --repetitions after a warm-up. Of the streams also the time to the first token and between tokens, median and 99th
-percentile. Exit status 1 if HTTP keeps less than 90% of the engine's own throughput.
+medians of --repetitions after a warm-up. Of the streams also the time to the first token and between tokens, median and
+99th percentile. Exit status 1 if HTTP keeps less than 90% of the engine's own throughput.
 """
 
 from __future__ import annotations
