@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitensor.kernels import attention, attention_inputs
+from multitensor.kernels import attention
 from multitensor.kernels.attention import HeadGroups, paged_attention, write_kv
 from multitensor.kernels.attention_inputs import AttentionInputs
 
@@ -230,40 +228,3 @@ def test_inputs_of_a_mixed_step() -> None:
     assert inputs.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 2 * 4, 4 * 4]
     assert inputs.block_tables.dtype == torch.int64
     assert inputs.has_decodes
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_masks_are_shared(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
-    """By the layers of a step, as booleans and as what is added to scores; not where they would fill the memory."""
-    inputs = AttentionInputs.build([8], [12], np.arange(5)[None], 4, CPU)
-    queries, keys = range(12, 20), range(3, 20)
-    seen = [[k <= q and (window is None or k > q - window) for k in keys] for q in queries]
-    mask = inputs.mask(queries, keys, window, torch.bool)
-    assert mask.tolist() == seen and inputs.mask(queries, keys, window, torch.bool) is mask
-    added = inputs.mask(queries, keys, window, torch.float16)
-    assert added.dtype == torch.float16 and added.tolist() == [
-        [0.0 if s else float("-inf") for s in row] for row in seen
-    ]
-    assert inputs.mask(range(13, 20), keys, window, torch.bool).tolist() == seen[1:]
-    monkeypatch.setattr(attention_inputs, "KEPT_MASK_ELEMENTS", 3 * mask.numel())
-    assert inputs.mask(range(12, 19), keys, window, torch.bool) is not inputs.mask(
-        range(12, 19), keys, window, torch.bool
-    )
-    assert inputs.mask(queries, keys, window, torch.float16) is added
-
-
-def test_added_masks_are_those_of_booleans(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chunk after others, as a GPU's fused kernels get it."""
-    case = Case([9, 1, 6], [20, 7, 3], (0, 0, 1, 1), 2)
-    for window in (None, 6):
-        arguments = (case.k_cache, case.v_cache, case.inputs, (0, 0, 1, 1), 0.25, window)
-        wanted = paged_attention(case.q, *arguments)
-        plain = attention._Attend.__init__
-
-        def adds(self: attention._Attend, *args: object, plain: Any = plain) -> None:
-            plain(self, *args)
-            self.mask_dtype = torch.float32
-
-        with monkeypatch.context() as patch:
-            patch.setattr(attention._Attend, "__init__", adds)
-            torch.testing.assert_close(paged_attention(case.q, *arguments), wanted)

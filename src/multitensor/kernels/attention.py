@@ -125,8 +125,6 @@ class _Attend:
         self.scale, self.window, self.softcap = scale, window, softcap
         # On a GPU torch's float32 attention may build all scores at once or round through TF32.
         self.fused = softcap is None and (keys.device.type == "cpu" or dtype != torch.float32)
-        # torch's fused GPU kernels add what they are given to the scores; a mask of booleans they turn into that first.
-        self.mask_dtype = dtype if self.fused and keys.device.type != "cpu" else torch.bool
 
     def _heads_at_a_time(self, tokens: int) -> int:
         # Quantised numbers pass through float32.
@@ -175,12 +173,18 @@ class _Attend:
             stop = min(start + step, n)
             low = 0 if self.window is None else max(first, context + start - self.window + 1) - first
             high = context + stop - first
-            mask = None  # one query sees all of the keys, which are narrowed to what it sees
-            if stop - start > 1:
-                queries, keys = range(context + start, context + stop), range(first + low, first + high)
-                mask = self.inputs.mask(queries, keys, self.window, self.mask_dtype)
+            mask = self._mask(context + start, context + stop, first + low, first + high, q.device)
             piece = self._scores_to_values(q[:, :, start:stop], k[:, low:high], v[:, low:high], mask)
             out[:, :, start:stop] = piece
+
+    def _mask(self, start: int, stop: int, low: int, high: int, device: torch.device) -> torch.Tensor | None:
+        """bool [queries at positions start..stop, keys at positions low..high]: who sees whom; None: all see all."""
+        if stop - start == 1:
+            return None  # the caller has narrowed the keys to what one query sees
+        positions = torch.arange(start, stop, device=device).unsqueeze(1)
+        keys = torch.arange(low, high, device=device)
+        mask = keys <= positions
+        return mask if self.window is None else mask & (keys > positions - self.window)
 
     def _scores_to_values(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-KEPT_MASK_ELEMENTS = 16 << 20  # of a step
 KEY_ALIGNMENT = 16  # padded key counts are multiples of this, as fused GPU kernels want their masks
 
 
@@ -50,9 +49,6 @@ class AttentionInputs:
     )
 
     _slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _masks: dict[tuple[range, range, int | None, torch.dtype], torch.Tensor] = field(
-        default_factory=dict, repr=False, compare=False
-    )
 
     @staticmethod
     def build(
@@ -101,24 +97,6 @@ class AttentionInputs:
             every = (table.unsqueeze(1) * size + torch.arange(size, device=table.device)).flatten()
             self._slots[key] = every[first - block * size : stop - block * size]
         return self._slots[key]
-
-    def mask(self, queries: range, keys: range, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Who sees whom, [queries, keys] at positions given: torch.bool, or what is added to scores in a float type.
-        Masks are shared by the step's layers as long as they stay few."""
-        key = (queries, keys, window, dtype)
-        if key in self._masks:
-            return self._masks[key]
-        device = self.block_tables.device
-        at = torch.arange(queries.start, queries.stop, device=device).unsqueeze(1)
-        seen = torch.arange(keys.start, keys.stop, device=device)
-        mask = seen <= at
-        if window is not None:
-            mask &= seen > at - window
-        if dtype != torch.bool:
-            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, float("-inf"))
-        if mask.numel() + sum(kept.numel() for kept in self._masks.values()) <= KEPT_MASK_ELEMENTS:
-            self._masks[key] = mask
-        return mask
 
     def decode_chunks(self, window: int | None, max_tokens: int) -> list[DecodeChunk]:
         """The one-token sequences in chunks of about max_tokens padded keys. Made at the first layer of a kind, then
