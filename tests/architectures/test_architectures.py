@@ -238,6 +238,13 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(llama: Checkpoint)
     )
 
 
+def test_fewer_layers_than_there_are_tensors_of_are_refused(llama: Checkpoint) -> None:
+    layers = resolve(llama).n_layers
+    refuses(
+        changed(llama, llama__block_count=layers - 1), rf"header says {layers - 1} layers, but .*blk\.{layers - 1}\."
+    )
+
+
 def test_mixtures_of_experts_are_not_supported_yet(llama: Checkpoint) -> None:
     refuses(replace(llama, architecture="qwen3moe"), "'qwen3moe' is a mixture of experts, which is not supported yet")
     refuses(changed(llama, llama__expert_count=8), "mixture of experts is not supported yet")

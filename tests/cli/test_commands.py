@@ -102,6 +102,17 @@ def test_a_reader_that_leaves_is_no_failed_check(speaking: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_inspect_lets_no_file_drive_the_terminal(model: str, tmp_path: Path) -> None:
+    """A key of the header with an escape sequence and a line break in it."""
+    content = Path(model).read_bytes()
+    key = b"llama.rope.freq_base"
+    assert content.count(key) == 1
+    hostile = tmp_path / "hostile.gguf"
+    hostile.write_bytes(content.replace(key, b"llama.\x1b[31mE\nfreq_ba"))
+    shown = command("inspect", str(hostile)).stdout
+    assert "\x1b" not in shown and r"'llama.\x1b[31mE\nfreq_ba'" in shown
+
+
 def test_plan_and_inspect_as_json(model: str) -> None:
     plan = json.loads(command("plan", model, "--devices", "24GiB,12GiB", "--json").stdout)
     assert [device["name"] for device in plan["devices"]] == ["device:0", "device:1"]

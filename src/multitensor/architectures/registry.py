@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -21,6 +22,7 @@ ARCHITECTURES: Mapping[str, Callable[[Checkpoint], ModelSpec]] = MappingProxyTyp
         "gemma3_text": gemma.declare_gemma3,
     }
 )
+_LAYER = re.compile(r"(?:blk|model\.layers)\.(\d{1,6})\.")
 _MIXTURES = frozenset({"mixtral", "qwen2moe", "qwen2_moe", "qwen3moe", "qwen3_moe"})
 
 
@@ -39,5 +41,17 @@ def resolve(checkpoint: Checkpoint) -> ModelSpec:
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     spec = declare(checkpoint)
+    _check_depth(checkpoint, spec)
     used = {decl.info.name for decl in spec.tensors}
     return replace(spec, unused_tensors=tuple(name for name in checkpoint.tensors if name not in used))
+
+
+def _check_depth(checkpoint: Checkpoint, spec: ModelSpec) -> None:
+    """A header that says fewer layers than there are would make another, shorter model, without a word."""
+    for name in checkpoint.tensors:
+        found = _LAYER.match(name)
+        if found and int(found.group(1)) >= spec.n_layers:
+            raise InputError(
+                f"{checkpoint.path.name}: the header says {spec.n_layers} layers, but there is a tensor {name!r}; "
+                "the file is damaged, or of a kind that is not known here"
+            )

@@ -132,7 +132,7 @@ def command(
             )
         with llm:
             loaded = time.perf_counter() - started
-            warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
+            warn_of(llm.warnings)
             timed = _time_all(llm, work)
             abilities = llm._engine.call("measure", batches=list(batches) if any(work.counts) else [])
             stages = [each["load_stages"] for each in abilities]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from multitensor.cli import options
 from multitensor.cli.output import human_bytes
@@ -45,7 +46,7 @@ def command(
         typer.echo(json.dumps(summary, default=str))
         return
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{model}: {summary['format']}, architecture {summary['architecture']}")
+    console.print(f"{model}: {summary['format']}, architecture {_plain(summary['architecture'])}", markup=False)
     console.print(
         f"{summary['parameters'] / 1e6:,.1f} M parameters in {summary['tensor_count']} tensors, "
         f"{human_bytes(summary['bytes'])}, {summary['bits_per_weight']:.2f} bits a weight, {summary['files']} file(s)"
@@ -53,11 +54,16 @@ def command(
     types = ", ".join(f"{name} {count}" for name, count in summary["types"].items())
     console.print(f"types: {types}")
     for key, value in _short_metadata(checkpoint.metadata):
-        console.print(f"  {key} = {value}", markup=False)
+        console.print(f"  {_plain(key)} = {_plain(str(value))}", markup=False)
     if tensors:
         table = Table("tensor", "type", "shape", "bytes")
         for t in checkpoint.tensors.values():
-            table.add_row(t.name, t.type.name, "x".join(map(str, t.shape)), str(t.nbytes))
+            table.add_row(
+                Text(_plain(t.name)),
+                t.type.name,
+                "x".join(map(str, t.shape)),
+                str(t.nbytes),
+            )
         console.print(table)
 
 
@@ -88,3 +94,8 @@ def _short_metadata(metadata: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, f"[{first}, ...] ({len(value)} items)"
         else:
             yield key, value
+
+
+def _plain(text: str) -> str:
+    """Text of a file as it may be printed: what it says must not drive the terminal."""
+    return text if text.isprintable() else repr(text)

@@ -85,7 +85,7 @@ def command(
         )
     with llm:
         loaded = time.perf_counter() - started
-        warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
+        warn_of(llm.warnings)
         if text is None and tokens is None:
             with raise_when_lost(llm._engine.check):
                 _chat(llm, params, system)

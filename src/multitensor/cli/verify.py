@@ -47,7 +47,7 @@ def command(
             p2p=p2p,
         )
     with llm:
-        warn_of([*llm.plan.warnings, llm.reductions()["warning"]])
+        warn_of(llm.warnings)
         report = llm.verify()
     if as_json:
         typer.echo(json.dumps(report))

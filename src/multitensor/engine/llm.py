@@ -173,6 +173,13 @@ class LLM:
         return self._plan
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is worth telling of the plan, the file's vocabulary and the ranks' links, a line each."""
+        said = self.reductions()["warning"]
+        vocabulary = self._tokenizer.warnings if self._tokenizer is not None else ()
+        return (*self._plan.warnings, *vocabulary, *((said,) if said else ()))
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """The model file's metadata: GGUF keys, or config.json."""
         return self._checkpoint.metadata if self._checkpoint is not None else {}
