@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import tiled_weights
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-import random_weights as rw
+from tiled_weights import error
 
 from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, LayerShape, Matrices, places_bytes
-from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
-from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.cuda.tiles import TiledTensor
 from multitensor.parallel.peer_memory import NOTHING
 
 pytestmark = pytest.mark.gpu
@@ -31,14 +26,9 @@ def kernels() -> Any:
 
 
 def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int) -> tuple[TiledTensor, torch.Tensor]:
-    kind = rw.QUANT_TYPES[name]
-    planes = rw.slice_of(kind, rw.random_raw(kind, rows, cols, seed, 5e-4), start, stop, "cuda")
-    tiled, numbers = to_tiles(planes), dequantize(planes).double()
-    return tiled, numbers
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    """Small enough for sums over thousands of them to stay within float16."""
+    tiled, numbers = tiled_weights.weight(name, rows, cols, start, stop, seed, 5e-4)
+    return tiled, numbers.double()
 
 
 def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

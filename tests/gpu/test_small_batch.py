@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from tiled_weights import error, weight
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
-
-import random_weights as rw
-
-from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
-from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.cuda.tiles import TILE_BYTES
 
 pytestmark = pytest.mark.gpu
 CUTS = [(40, 1024, 0, 1024), (264, 2048, 96, 96 + 1184), (2072, 4096, 0, 4096)]
@@ -25,16 +18,6 @@ def kernels():
     from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 
     return SmallBatchKernels(torch.device("cuda:0"))
-
-
-def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int = 7) -> tuple[TiledTensor, torch.Tensor]:
-    kind = rw.QUANT_TYPES[name]
-    planes = rw.slice_of(kind, rw.random_raw(kind, rows, cols, seed, 0.01), start, stop, "cuda")
-    return to_tiles(planes), dequantize(planes)
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
 
 
 def poison(kernels, *elements: int) -> None:
