@@ -17,16 +17,16 @@ import asyncio
 import itertools
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from serving import Server
 
 KEPT = 0.9
 
@@ -62,37 +62,6 @@ def engine_alone(options: argparse.Namespace) -> dict[str, Any]:
 
 def spread(speeds: Sequence[float]) -> dict[str, float]:
     return {"tokens_per_second": statistics.median(speeds), "slowest": min(speeds), "fastest": max(speeds)}
-
-
-class Server:
-    """`multitensor serve` on a free port, in a process of its own."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        command = [sys.executable, "-m", "multitensor", "serve", options.model, "--port", "0", "--name", "bench"]
-        command += [*ours(options), "--parallel", str(options.streams), "--log-level", "warning"]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self.said = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said += line
-
-    def url(self) -> str:
-        """Waits until it is ready. Raises RuntimeError with what it said when it ended instead."""
-        while (found := re.search(r"serving at (\S+) ", self.said)) is None:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended: {self.said}")
-            time.sleep(0.05)
-        return found.group(1)
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
 
 
 async def stream(client: Any, ids: list[int], generate: int) -> tuple[float, list[float]]:
@@ -135,7 +104,7 @@ async def all_streams(url: str, work: list[list[list[int]]], generate: int) -> l
 
 def through_http(options: argparse.Namespace, vocabulary: int) -> dict[str, Any]:
     """The clients run in a process of their own, so that they do not take the engine's time."""
-    server = Server(options)
+    server = Server(options.model, "bench", [*ours(options), "--parallel", str(options.streams)])
     try:
         work = [prompts(options, vocabulary, turn) for turn in range(options.repetitions + 1)]
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:

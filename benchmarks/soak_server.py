@@ -17,11 +17,8 @@ import asyncio
 import json
 import math
 import random
-import re
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,6 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
+from serving import Server
 
 NEAR_TIE = 0.1  # nat
 GROWTH = 0.02
@@ -47,44 +45,12 @@ class Answer:
     done: bool = False
 
 
-class Server:
-    """`multitensor serve` in a process of its own; `said` is what it wrote to standard error."""
-
-    def __init__(self, model: str, devices: str, parallel: int, dtype: str) -> None:
-        command = [sys.executable, "-m", "multitensor", "serve", model, "--devices", devices, "--port", "0"]
-        command += ["--ctx", "512", "--parallel", str(parallel), "--name", "soak", "--log-level", "warning"]
-        command += ["--dtype", dtype]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        self.said = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said += line
-
-    def url(self) -> str:
-        """Waits until it is ready. Raises RuntimeError with what it said when it ended instead."""
-        while (found := re.search(r"serving at (\S+) ", self.said)) is None:
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended: {self.said}")
-            time.sleep(0.05)
-        return found.group(1)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of their own: of the server's process, and of its ranks together. Shares of shared pages are left out:
-        they change with every other program that uses the same libraries."""
-        server = psutil.Process(self.process.pid)
-        ranks = sum(child.memory_full_info().uss for child in server.children(recursive=True))
-        return {"server": server.memory_full_info().uss, "ranks": ranks}
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+def memory_of(server: Server) -> dict[str, int]:
+    """Bytes of their own: of the server's process, and of its ranks together. Shares of shared pages are left out:
+    they change with every other program that uses the same libraries."""
+    process = psutil.Process(server.process.pid)
+    ranks = sum(child.memory_full_info().uss for child in process.children(recursive=True))
+    return {"server": process.memory_full_info().uss, "ranks": ranks}
 
 
 def prompt_of(number: int) -> str:
@@ -170,7 +136,7 @@ async def soak(server: Server, client: httpx.AsyncClient, requests: int, at_once
             broken += leaving[number] is None and not answer.done
             finished += 1
             if finished % max(requests // 40, 1) == 0:
-                memory.append(await asyncio.to_thread(server.memory))
+                memory.append(await asyncio.to_thread(memory_of, server))
 
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(at_once)))
@@ -254,7 +220,8 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", help="float32: no activation is rounded to 8 bits")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    server = Server(options.model, options.devices, options.parallel, options.dtype)
+    chosen = ["--devices", options.devices, "--dtype", options.dtype]
+    server = Server(options.model, "soak", [*chosen, "--ctx", "512", "--parallel", str(options.parallel)])
     try:
         found = asyncio.run(run(server, server.url(), options))
     finally:

@@ -472,7 +472,7 @@ __device__ __forceinline__ void clear(uint4* at, size_t count, u32 value) {
 
 // mixed: [TOKENS][columns of OUTPUT], 16 bits. residual_in, residual_out: float [TOKENS][HIDDEN], two tensors that take
 // turns. out: [TOKENS][rows of NEXT], 16 bits, or float where float_out. places: for every rank the address of its float
-// [3 sets][2][RANKS][TOKENS][HIDDEN]. inner: 16-bit [3 sets][TOKENS][columns of DOWN]. turn: one integer on the device, the
+// [3 sets][2][RANKS][TOKENS][HIDDEN]. inner: 16-bit [3 sets][TOKENS][columns of DOWN]. steps: one integer on the device, the
 // count of steps modulo 3; a step launches this kernel `launches` times, and this is number `launch` of them.
 // widest: super-blocks of the phase with the most columns. longest: tiles of the warp with the most. HIDDEN and all columns
 // are multiples of 8.
