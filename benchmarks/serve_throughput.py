@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serving import Server
+from served_model import Server
 
 KEPT = 0.9
 

@@ -27,7 +27,7 @@ from typing import Any
 
 import httpx
 import psutil
-from serving import Server
+from served_model import Server
 
 NEAR_TIE = 0.1  # nat
 GROWTH = 0.02

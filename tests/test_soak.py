@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "soak_server.py"
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run: serving.py lies beside it
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run: served_model.py lies beside it
     spec = importlib.util.spec_from_file_location("soak_server", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
