@@ -13,7 +13,7 @@ class RopeTable:
     """cos, sin: float32 [context, R / 2]. Angles are float64, because float32 loses them at long contexts.
 
     A file may promise a context of millions of tokens that nobody ever fills. So only every ROWS-th row is worked out
-    by itself, the rows that follow it by sums of angles that all such pieces share; and on a CPU no row is made, nor its
+    by itself, the rows that follow it by sums of angles that all pieces share; and on a CPU no row is made, nor its
     memory touched, before a position asks for it. On a GPU all are made at once: kernels read them by address.
     """
 
