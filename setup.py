@@ -4,7 +4,7 @@ from setuptools import Extension, setup
 
 FOLDER = "src/multitensor/kernels/cpu"
 HEADERS = (
-    *("native", "pool", "paged", "shared_memory"),
+    *("native", "pool", "paged"),
     *("level", "weights", "rows", "tiles", "matmul", "transformer", "attention"),
 )
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from native_levels import LIBRARY, random
+from native_levels import random
 from random_weights import random_tensor
 
 from multitensor.kernels.cpu.native import NativeKernels, load
@@ -108,29 +106,3 @@ def test_workers_take_no_signals() -> None:
     assert deaf_threads() == before + 2
     own.close()
     assert deaf_threads() == before
-
-
-def test_reduction_adds_in_rank_order() -> None:
-    assert LIBRARY is not None
-    for n in (0, 1, 1000, 5000):
-        ranks = [random(n, seed=seed) * 10.0**seed for seed in range(5)]
-        expected = ranks[0].clone()
-        for other in ranks[1:]:
-            expected += other
-        addresses = (ctypes.c_void_p * 5)(*[rank.data_ptr() for rank in ranks])
-        LIBRARY.mt_reduce_sum_f32(ranks[2].data_ptr(), addresses, 5, n)
-        assert torch.equal(ranks[2], expected)
-
-
-def test_waiting_ends_with_the_value_or_the_time() -> None:
-    assert LIBRARY is not None
-    counter = ctypes.c_uint32(0xFFFFFFFE)
-    address = ctypes.addressof(counter)
-    started = time.monotonic()
-    assert LIBRARY.mt_wait_until(address, 1, 100, 60) == 0
-    assert 0.05 < time.monotonic() - started < 5
-    assert LIBRARY.mt_wait_until(address, 0xFFFFFFFE, 0, -1) == 1
-    poster = threading.Timer(0.1, lambda: LIBRARY.mt_post(address, 2))  # 4 further on, past the wrap
-    poster.start()
-    assert LIBRARY.mt_wait_until(address, 1, 100, 20_000) == 1
-    poster.join()

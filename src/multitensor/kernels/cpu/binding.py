@@ -1,12 +1,12 @@
 """The shared library of the native CPU kernels as ctypes sees it: where it lies, its functions, its structures.
 
-Imports no torch. The C side of everything here: native.c, native.h, paged.h, shared_memory.h.
+Imports no torch. The C side of everything here: native.c, native.h, paged.h.
 """
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ class AttentionStruct(ctypes.Structure):
 
 
 def _arguments(letters: str) -> tuple[Any, ...]:
-    """Argument types, a letter each: p pointer, n int64, i int, u uint32, f float."""
-    types = {"p": c_void_p, "n": c_int64, "i": c_int, "u": c_uint32, "f": c_float}
+    """Argument types, a letter each: p pointer, n int64, i int, f float."""
+    types = {"p": c_void_p, "n": c_int64, "i": c_int, "f": c_float}
     return tuple(types[letter] for letter in letters)
 
 
@@ -83,22 +83,11 @@ _SIGNATURES: dict[str, tuple[Any, str]] = {
     "mt_rope": (c_int, "pnnpnnpnnppni"),
     "mt_write_kv": (c_int, "pppnnnnnppppnnpn"),
     "mt_attention": (c_int, "ppn"),
-    "mt_reduce_sum_f32": (None, "ppnn"),
-    "mt_wait_until": (c_int, "punn"),
-    "mt_post": (None, "pu"),
 }
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The shared library with its signatures set, or None where it is not built (or is of another version).
-
-    Besides the kernels it has helpers for ranks that share memory, which need no context:
-    mt_reduce_sum_f32(dst, sources, n_sources, n): dst = sources[0] + sources[1] + ..., in that order; `sources` is an
-    array of addresses of float32 arrays; dst may be one of them.
-    mt_wait_until(address, value, spin_us, timeout_ms) -> 1 once the uint32 counter at `address` has reached `value`, 0
-    after the timeout (negative: none). Spins, then sleeps.
-    mt_post(address, value): stores value and wakes those who wait for it.
-    """
+    """The shared library with its signatures set, or None where it is not built (or is of another version)."""
     folder = Path(__file__).parent
     for path in (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES):
         if not path.is_file():

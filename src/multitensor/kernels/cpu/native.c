@@ -1,4 +1,4 @@
-/* The native CPU kernels' C interface (called through ctypes by library.py and native.py), memory and division of work.
+/* The native CPU kernels' C interface (called through ctypes by binding.py and native.py), memory and division of work.
  *
  * A context belongs to one rank: it owns its threads and its scratch memory. Calls on one context exclude each other by
  * a mutex. Functions return 0, or a negative number: OUT_OF_MEMORY or BAD_INDEX. */
@@ -7,12 +7,6 @@
 #endif
 #include "native.h"
 #include "pool.h"
-
-#include <limits.h>
-#if defined(__linux__)
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#endif
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -396,7 +390,6 @@ EXPORT int mt_rope(context *c, int64_t tokens, int64_t head_dim, float *x, int64
 }
 
 #include "paged.h"
-#include "shared_memory.h"
 
 /* setuptools expects an entry point of every extension; there is no Python module inside. */
 EXPORT void *PyInit__native(void)
