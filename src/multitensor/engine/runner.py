@@ -25,7 +25,7 @@ from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder
 from multitensor.model.linear import joint_matrices
 from multitensor.parallel.group import Group
-from multitensor.sharding.memory import peer_memory_bytes
+from multitensor.sharding.memory import host_memory_bytes, peer_memory_bytes
 from multitensor.sharding.plan import Plan
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ class ModelRunner:
         if self.kernels.name == "cuda":
             vocabulary = tuple(rank.vocabulary.size for rank in self.plan.ranks)
             self.group.open_peer_memory(peer_memory_bytes(self.plan))
+            self.group.open_host_memory(host_memory_bytes(self.plan))
             self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype)
         self._graphs = self._decode_graphs()
         stages.end("reductions")

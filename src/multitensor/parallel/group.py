@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from multitensor.kernels import reference
+from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.peer_memory import PeerMemory
 
 
@@ -22,7 +23,8 @@ class Group(ABC):
     (anything with an `add_rms_norm` of that signature).
     seconds: spent in sums and gathers so far, waiting for slower ranks included; None where that is not measured.
     peer_memory: GPUs' memory that all ranks reach, once `open_peer_memory` has found it to work; carve from it alike on
-    all ranks. no_peer_memory: why there is none.
+    all ranks. no_peer_memory: why there is none. host_memory, no_host_memory: the same of memory of the host, which is
+    opened only where there is no peer memory.
     """
 
     rank: int
@@ -32,6 +34,9 @@ class Group(ABC):
     peer_memory: PeerMemory | None = None
     no_peer_memory: str = "the ranks are not several GPUs"
 
+    host_memory: HostMemory | None = None
+    no_host_memory: str = "the ranks are not several GPUs"
+    overlaps: bool = False
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks of x (any shape, same on all ranks); may return x itself, overwritten."""
@@ -54,6 +59,10 @@ class Group(ABC):
         was demanded and there is none."""
 
     def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:  # noqa: B027
+    def open_host_memory(self, nbytes: int) -> None:  # noqa: B027 - most groups have none
+        """Collective, once, after `open_peer_memory`: where there is no peer memory, sets `host_memory` to a mailbox
+        of so many bytes a rank, or `no_host_memory` to the reason why not."""
+
         """Collective, after `open_peer_memory`: decides by timing how sums of few rows [T, hidden] travel, the hidden
         states being `dtype`. vocabulary: columns of each rank's logits."""
 

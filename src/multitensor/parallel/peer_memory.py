@@ -1,8 +1,5 @@
-"""A buffer on every rank's GPU that all the other GPUs can read and write, and a way to share it out.
-
-Made for exchanges without flags, fences or barriers: a writer stores float32 values straight into its place in every
-reader's buffer, and the reader looks at its own GPU's memory until nothing there is NOTHING any more. NOTHING is -0.0,
-so a writer turns -0.0 into +0.0. All of a new buffer is NOTHING; who uses a place again must clear it between.
+"""A buffer on every rank's GPU that all the other GPUs can read and write: a writer stores straight into every
+reader's buffer, and the reader looks at its own GPU's memory (rank_memory.py).
 
 torch's symmetric memory makes and maps the buffers. NVLink multicast stays off.
 """
@@ -16,56 +13,22 @@ from typing import Any
 
 import torch
 
-from multitensor.errors import DoesNotFit
+from multitensor.parallel.rank_memory import ALIGNMENT, NOTHING, RankMemory
 
-NOTHING = -(1 << 31)  # the bits of -0.0f, as int32: a value that has not come yet
-ALIGNMENT = 256
 _BLOCK = 2 << 20  # what the driver rounds to anyway
 
 
-class PeerMemory:
-    """One rank's handle.
+class PeerMemory(RankMemory):
+    """One rank's handle; `local` lies on its GPU."""
 
-    rank, size: of the group. local: uint8 [bytes], this rank's buffer. addresses: where every rank's buffer lies as
-    this GPU sees it, in rank order, its own included; the same offset in each is the same place, and offset 0 is
-    aligned to 256 bytes everywhere. Addresses are good as long as this object lives.
-    """
+    name = "peer memory"
 
     def __init__(self, rank: int, local: torch.Tensor, addresses: tuple[int, ...], keep: object = None) -> None:
-        """keep: whatever holds the mappings. `local` must hold NOTHING on every rank before any rank writes."""
-        if local.dtype != torch.uint8 or local.dim() != 1 or not local.is_contiguous():
-            raise ValueError("peer memory is one contiguous vector of bytes")
-        if not 0 <= rank < len(addresses) or addresses[rank] != local.data_ptr():
+        """keep: whatever holds the mappings."""
+        super().__init__(rank, local, addresses, local.device)
+        if addresses[rank] != local.data_ptr():
             raise ValueError(f"rank {rank}'s own address is not among the {len(addresses)}")
-        self.rank, self.size = rank, len(addresses)
-        self.local = local
-        self.addresses = addresses
         self._keep = keep
-        self._used = 0
-
-    @property
-    def free(self) -> int:
-        """Bytes that are left to carve, alignment aside."""
-        return self.local.numel() - self._used
-
-    def carve(self, nbytes: int, alignment: int = ALIGNMENT) -> int:
-        """Offset of `nbytes` that nobody else has, in every rank's buffer: all ranks carve the same sizes in the same
-        order. Nothing is given back. Raises DoesNotFit."""
-        if nbytes < 1 or not 1 <= alignment <= ALIGNMENT or alignment & (alignment - 1):
-            raise ValueError(f"peer memory: cannot give {nbytes} bytes at a multiple of {alignment}")
-        offset = -(-self._used // alignment) * alignment
-        if offset + nbytes > self.local.numel():
-            raise DoesNotFit(f"peer memory: {nbytes} bytes asked for, {self.free} of {self.local.numel()} are left")
-        self._used = offset + nbytes
-        return offset
-
-    def words(self, offset: int, count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """`count` numbers of this rank's own buffer from `offset` on, as a tensor."""
-        return self.local[offset : offset + count * dtype.itemsize].view(dtype)
-
-    def table(self, offset: int) -> torch.Tensor:
-        """int64 [size] on the device: the address of `offset` in every rank's buffer, for a kernel to look up."""
-        return torch.tensor([address + offset for address in self.addresses], dtype=torch.int64).to(self.local.device)
 
 
 def open_peer_memory(

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from multitensor.errors import InputError
 from multitensor.kernels.cuda.reduce import PeerReduction
 from multitensor.parallel.group import Group, SingleGroup, check_gather, wire_dtype
+from multitensor.parallel.host_memory import open_host_memory
 from multitensor.parallel.peer_memory import PeerMemory, open_peer_memory
 from multitensor.parallel.peer_probe import PeerProbe
 from multitensor.parallel.peer_reductions import PeerReductions, make_peer_reductions
@@ -107,6 +108,20 @@ class TorchGroup(Group):
     @contextmanager
     def _impatient(self) -> Iterator[None]:
         """Within, the store is waited for a minute at most."""
+    def open_host_memory(self, nbytes: int) -> None:
+        if self.host_memory is not None:
+            return
+        if self.peer_memory is not None:
+            self.no_host_memory = "the GPUs reach each other's memory"
+        elif self.backend != "nccl":
+            self.no_host_memory = f"the ranks talk through {self.backend}"
+        else:
+            found = open_host_memory(self.rank, self.size, self.device, nbytes, self.gather_objects)
+            if isinstance(found, str):
+                self.no_host_memory = found
+            else:
+                self.host_memory = found
+
         self._store.set_timeout(_MAPPING)
         try:
             yield
@@ -220,3 +235,7 @@ class TorchGroup(Group):
             self._open = False
             self._peers, self.peer_memory = "the group is closed", None
             dist.destroy_process_group()
+            if self.host_memory is not None:
+                torch.cuda.synchronize(self.device)
+                self.host_memory.close()
+                self.host_memory = None

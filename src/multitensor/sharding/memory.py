@@ -20,6 +20,11 @@ NCCL_BYTES = 256 * MIB
 PEER_SETS = 3
 PEER_TOKENS = 64
 PEER_GATHER_TOKENS = 8
+# GPUs without peer access share memory of the host instead, page-locked: beside the same, places that large sums pass
+# through in chunks.
+HOST_GATHER_SETS = 4
+HOST_SLOTS = 4
+HOST_CHUNK_BYTES = 4 * MIB
 # torch's caching allocator rounds blocks up and keeps freed ones. Calibrated: with 256 MiB here, two H200s with 70.6 GB
 # of FP16 weights each used 456 MB more than planned, as the driver counts.
 CUDA_ALLOCATOR_BYTES = 768 * MIB
@@ -89,6 +94,18 @@ def peer_memory_bytes(plan: Plan) -> int:
     sums = plan.size * PEER_TOKENS * plan.spec.hidden_size
     logits = PEER_GATHER_TOKENS * plan.spec.vocab_size
     return 4 * PEER_SETS * (2 * sums + logits) + MIB
+
+
+def host_memory_bytes(plan: Plan) -> int:
+    """Of the host's memory that every GPU writes for its peers where they do not reach each other's, a rank: sums of
+    few rows, kernels that take in several of a layer's steps, gathered logits, chunks of large sums and of their
+    results; 0 with one rank, and on CPUs."""
+    if peer_memory_bytes(plan) == 0:
+        return 0
+    rows = PEER_TOKENS + 8 * plan.size
+    logits = PEER_GATHER_TOKENS * max(rank.vocabulary.size for rank in plan.ranks)
+    words = PEER_SETS * rows * plan.spec.hidden_size + HOST_GATHER_SETS * logits
+    return 4 * words + 2 * HOST_SLOTS * HOST_CHUNK_BYTES + MIB
 
 
 def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:

@@ -1,5 +1,6 @@
 // Do GPUs' stores arrive right in each other's memory while the owner polls it? Every GPU runs `exchange` at the same time
-// on all of them. Depends on nothing but itself: it runs in a process of its own (parallel/peer_probe.py).
+// on all of them. Depends on nothing but itself: it runs in a process of its own (parallel/peer_probe.py). `mailboxes` asks
+// the same of memory of the host, in the ranks themselves (parallel/host_memory.py).
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -42,6 +43,36 @@ extern "C" __global__ void exchange(const u64* buffers, u32* verdict, u64 limit_
             while (found == NOTHING && nanoseconds() - began < limit_ns) found = look(row + 4ull * i);
             if (found == NOTHING) atomicAdd(verdict + 1, 1u);
             else if (found != pattern(writer, gpu, i)) atomicAdd(verdict, 1u);
+        }
+    }
+}
+
+// What a rank writes in a round. Differs in bit 30 from what the same place held before.
+__device__ __forceinline__ u32 letter(u32 writer, u32 round, u32 word) {
+    return (pattern(writer, round, word) & 0x3fffffffu) | (round >> 1 & 1) << 30;
+}
+
+// As `exchange`, but every rank writes into its own mailbox, for all to read, and does so `rounds` times: a word that a GPU
+// has kept from a round before would be seen. boxes: address of every rank's mailbox, each u32 [2][words]; rounds take turns,
+// and a thread begins a round when it has read all of the one before, so nobody overwrites what another still has to read.
+// verdict as above; a thread that has waited in vain ends, and counts once.
+extern "C" __global__ void mailboxes(const u64* boxes, u32* verdict, int limit_ms, int rank, int ranks, int words, int rounds) {
+    const u64 began = nanoseconds(), limit = 1000000ull * limit_ms;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < words; i += gridDim.x * blockDim.x) {
+        for (int round = 0; round < rounds; round++) {
+            const u64 at = 4ull * ((round & 1) * words + i);
+            put(boxes[rank] + at, letter(rank, round, i));
+            for (int writer = 0; writer < ranks; writer++) {
+                if (writer == rank) continue;
+                const u32 before = round < 2 ? NOTHING : letter(writer, round - 2, i);
+                u32 found = look(boxes[writer] + at);
+                while (found == before && nanoseconds() - began < limit) found = look(boxes[writer] + at);
+                if (found == before) {
+                    atomicAdd(verdict + 1, 1u);
+                    return;
+                }
+                if (found != letter(writer, round, i)) atomicAdd(verdict, 1u);
+            }
         }
     }
 }
