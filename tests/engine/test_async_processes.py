@@ -38,7 +38,7 @@ async def timed(engine: AsyncEngine, ids: list[int], tokens: int) -> tuple[list[
 
 
 def test_a_killed_rank_is_replaced_and_the_next_answer_is_the_same(smollm2_path: Path) -> None:
-    _, opener = engine_opener(smollm2_path, devices="cpu:2", max_model_len=256, dtype="float32")
+    opener = engine_opener(smollm2_path, devices="cpu:2", max_model_len=256, dtype="float32")
 
     async def main() -> None:
         engine = AsyncEngine(opener, backoff=0.05)
@@ -76,7 +76,7 @@ def test_a_killed_rank_is_replaced_and_the_next_answer_is_the_same(smollm2_path:
 
 
 def test_the_second_turn_starts_at_once(smollm2_path: Path) -> None:
-    _, opener = engine_opener(smollm2_path, devices="cpu:1", max_model_len=2048)
+    opener = engine_opener(smollm2_path, devices="cpu:1", max_model_len=2048)
 
     async def main() -> None:
         engine = AsyncEngine(opener)

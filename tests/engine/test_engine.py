@@ -81,6 +81,14 @@ def test_end_tokens(include: bool) -> None:
     assert done.text == letters(unstopped[:first])
 
 
+def test_an_end_token_that_the_model_has_no_row_for_is_never_asked_for() -> None:
+    tokenizer = FakeTokenizer()
+    tokenizer.eos_ids = frozenset({EOS, VOCAB, VOCAB + 7})  # type: ignore[misc]
+    engine, executor = make_engine(tokenizer=tokenizer)
+    generate(engine, [3], with_(ignore_eos=False, min_tokens=5, max_tokens=6))
+    assert executor.setups[0].suppress_ids == (EOS,)
+
+
 def test_min_tokens_puts_off_every_stop_and_tells_the_sampler() -> None:
     engine, executor = make_engine()
     full = generate(engine, [3, 4], GREEDY).outputs[0]

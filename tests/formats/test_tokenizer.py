@@ -212,7 +212,40 @@ def test_bos_is_put_where_the_file_asks_for_it() -> None:
     assert tokenizer.encode("he", bos=True)[0] == start
     assert start not in tokenizer.encode("he")
     assert start not in small_bpe(bos_token_id=start, add_bos_token=False).encode("he", bos=True)
-    assert small_bpe(bos_token_id=10**6, add_bos_token=True).bos_id is None
+
+
+@pytest.mark.parametrize(
+    ("name", "effect"),
+    [
+        ("bos", "texts begin without it"),
+        ("eos", "answers may not end where they should"),
+        ("eot", "answers may not end where they should"),
+        ("padding", "it is left out"),
+    ],
+)
+@pytest.mark.parametrize("value", [10**6, 2**32 - 1, -1])
+def test_special_ids_that_no_token_has_are_told(name: str, effect: str, value: int) -> None:
+    right = small_bpe()
+    tokenizer = small_bpe(**{f"{name}_token_id": value, "add_bos_token": True})
+    (warning,) = tokenizer.warnings
+    assert f"small.gguf: tokenizer.ggml.{name}_token_id is {value}, but tokens have the ids 0 to " in warning
+    assert warning.endswith(effect)
+    assert tokenizer.bos_id is None and not tokenizer.add_bos
+    assert tokenizer.eos_ids == right.eos_ids
+    assert tokenizer.special_texts == right.special_texts
+    assert tokenizer.encode("hello", bos=True) == right.encode("hello")
+
+
+def test_a_wrong_id_gives_way_to_the_one_its_kind_of_vocabulary_has() -> None:
+    tokenizer = small_spm(bos_token_id=999_999, unknown_token_id=999_999)
+    assert tokenizer.bos_id == 1 and tokenizer.encode("", bos=True) == [1]
+    assert [warning.rpartition("; ")[2] for warning in tokenizer.warnings] == ["1 is used instead", "0 is used instead"]
+
+
+@pytest.mark.parametrize("value", ["1", [1], 1.0, True])
+def test_a_special_id_that_is_no_number_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"small\.gguf: tokenizer\.ggml\.eos_token_id is .*, not a token id"):
+        small_bpe(eos_token_id=value)
 
 
 def test_llama3_takes_whole_words_and_adds_bos_by_itself() -> None:

@@ -117,6 +117,22 @@ def test_add_bos_token_wins_over_the_pipeline(tmp_path: Path) -> None:
     assert tokenizer.encode("a", bos=True) == tokenizer.encode("a")
 
 
+def test_special_tokens_that_do_not_exist_are_told(tmp_path: Path) -> None:
+    tokenizer = save(
+        tmp_path,
+        byte_level(),
+        tokenizer_config={"eos_token": "<|nowhere|>", "add_bos_token": True},
+        generation_config={"eos_token_id": [3, 10**6]},
+        config={"bos_token_id": -1, "eos_token_id": 3},
+    )
+    assert tokenizer.bos_id is None and not tokenizer.add_bos
+    assert {3} <= tokenizer.eos_ids and 10**6 not in tokenizer.eos_ids
+    begin, named, numbered = tokenizer.warnings
+    assert begin.startswith("config.json: bos_token_id is -1, but tokens have the ids 0 to ")
+    assert "eos_token is '<|nowhere|>', which is no token" in named
+    assert numbered.startswith("generation_config.json: eos_token_id is 1000000, but")
+
+
 def test_padding_and_truncation_of_the_file_do_not_apply(tmp_path: Path) -> None:
     pipeline = byte_level()
     pipeline.enable_truncation(4)

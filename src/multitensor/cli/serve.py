@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from multitensor.engine.async_engine import AsyncEngine
     from multitensor.engine.engine import Engine
     from multitensor.engine.executor import Progress
-    from multitensor.engine.prepare import Prepared
     from multitensor.server.settings import ServerSettings
 
 
@@ -114,7 +113,7 @@ def command(
     logs.set_up(log_format.value, log_level.value)
     run.check_files(settings)
     sock, settings = run.bind(settings)
-    prepared, open_engine = _opener(
+    warnings, open_engine = _opener(
         model,
         tensor_parallel_size=tp,
         devices=devices,
@@ -127,8 +126,7 @@ def command(
         seed=seed,
         prefix_cache=prefix_cache.value,
     )
-    for warning in prepared.plan.warnings:
-        warn(warning)
+    warn_of(warnings)
     if not settings.loopback and api_keys is None:
         warn(f"everybody who reaches {settings.url} may use this server; --api-keys FILE asks for a key")
     import asyncio  # here, as every command imports this file
@@ -139,8 +137,9 @@ def command(
         runner.run(_serve(engine, settings, sock))
 
 
-def _opener(model: str, **wishes: Any) -> tuple[Prepared, Callable[[], Engine]]:
-    """As engine_opener; the first opening draws the progress bar, later ones (ranks that died) draw none."""
+def _opener(model: str, **wishes: Any) -> tuple[tuple[str, ...], Callable[[], Engine]]:
+    """What to tell before the model is loaded, and what opens it; the first opening draws the progress bar, later ones
+    (ranks that died) draw none."""
     from multitensor.engine.open_engine import engine_opener
 
     report: list[Progress | None] = [None]
@@ -149,7 +148,7 @@ def _opener(model: str, **wishes: Any) -> tuple[Prepared, Callable[[], Engine]]:
         if report[0] is not None:
             report[0](done, total)
 
-    prepared, open_engine = engine_opener(model, progress=progress, **wishes)
+    open_engine = engine_opener(model, progress=progress, **wishes)
 
     def opening() -> Engine:
         with loading_bar() as bar:
@@ -161,7 +160,7 @@ def _opener(model: str, **wishes: Any) -> tuple[Prepared, Callable[[], Engine]]:
         warn_of([engine.call("reductions")[0]["warning"]])
         return engine
 
-    return prepared, opening
+    return open_engine.warnings, opening
 
 
 async def _serve(engine: AsyncEngine, settings: ServerSettings, sock: socket.socket) -> None:

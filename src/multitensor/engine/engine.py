@@ -92,7 +92,9 @@ class Engine:
         )
         self._executor = executor
         self._seed = config.seed
-        self._eos_ids = frozenset(tokenizer.eos_ids) if tokenizer else frozenset()
+        # A vocabulary may name more tokens than the model has rows for; no step can yield those.
+        ends = tokenizer.eos_ids if tokenizer else ()
+        self._eos_ids = frozenset(token for token in ends if token < plan.spec.vocab_size)
         self._grammars = GrammarCompiler(tokenizer, plan.spec.vocab_size) if tokenizer else None
         self._owners: dict[Sequence, tuple[Request, Continuation] | ReadRequest] = {}
         self._requests: dict[str, Request] = {}

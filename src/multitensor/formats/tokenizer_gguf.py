@@ -23,11 +23,21 @@ from multitensor.formats.vocabulary import (
     Vocabulary,
     clean,
     end_ids,
+    stated_id,
 )
 
 _KEY = "tokenizer.ggml."
 _BPE_MODELS = ("gpt2", "gemma4")
 _SPM_MODEL = "llama"
+_SPM_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where the file states none
+# What chat templates call the special tokens that GGUF calls by these names.
+_TEMPLATE_NAMES = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "unknown": "unk_token",
+    "padding": "pad_token",
+    "seperator": "sep_token",
+}
 
 
 class PartsEncoder:
@@ -118,8 +128,9 @@ def _spm(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[Vocabulary, Tr
     by_byte = {byte_of(text): i for text, i in vocabulary.named((TokenKind.BYTE,))}
     byte_ids = [by_byte.get(bytes([byte])) for byte in range(256)]
     prefix_space = bool(metadata.get(_KEY + "add_space_prefix", True))
-    traits = _traits(metadata, vocabulary, {"bos": 1, "eos": 2, "unknown": 0}, add_bos=True, strip_space=prefix_space)
-    merger = ScoreMerger(pieces, byte_ids, _id(metadata, "unknown", len(vocabulary.texts), 0))
+    traits = _traits(checkpoint, vocabulary, _SPM_IDS, add_bos=True, strip_space=prefix_space)
+    unknown = _special_ids(checkpoint, len(vocabulary.texts), _SPM_IDS)[0]["unknown"]
+    merger = ScoreMerger(pieces, byte_ids, unknown)
     return vocabulary, traits, _encoder(checkpoint, vocabulary, merger, prefix_space)
 
 
@@ -137,7 +148,7 @@ def _bpe(checkpoint: Checkpoint, vocabulary: Vocabulary, model: str) -> tuple[Vo
         vocabulary = Vocabulary(vocabulary.texts, vocabulary.kinds, byte_level=False)
     pipeline = _bpe_pipeline(checkpoint, vocabulary, kind)
     prefix_space = bool(metadata.get(_KEY + "add_space_prefix", False)) and not kind.byte_level
-    traits = _traits(metadata, vocabulary, {}, add_bos=kind.add_bos, strip_space=prefix_space, warnings=warnings)
+    traits = _traits(checkpoint, vocabulary, {}, add_bos=kind.add_bos, strip_space=prefix_space, warnings=warnings)
 
     def plain(text: str) -> list[int]:
         return pipeline.encode(text, add_special_tokens=False).ids
@@ -184,13 +195,23 @@ def _encoder(
     return PartsEncoder(plain, TokenSplitter(user_defined, strip_after), TokenSplitter(both, strip_after), prefix_space)
 
 
-def _id(metadata: Mapping[str, Any], name: str, size: int, default: int | None = None) -> int | None:
-    value = metadata.get(f"{_KEY}{name}_token_id", default)
-    return int(value) if value is not None and 0 <= int(value) < size else None
+def _special_ids(
+    checkpoint: Checkpoint, size: int, defaults: Mapping[str, int]
+) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """Ids of the special tokens by name, and what is to be told of those that the file states wrongly."""
+    found = {}
+    for name in (*_TEMPLATE_NAMES, "eot", "eom"):
+        key = f"{_KEY}{name}_token_id"
+        value = checkpoint.metadata.get(key)
+        found[name] = stated_id(name, key, value, size, checkpoint.path.name, defaults.get(name))
+    return (
+        {name: special.id for name, special in found.items()},
+        tuple(special.warning for special in found.values() if special.warning),
+    )
 
 
 def _traits(
-    metadata: Mapping[str, Any],
+    checkpoint: Checkpoint,
     vocabulary: Vocabulary,
     defaults: Mapping[str, int],
     *,
@@ -198,24 +219,18 @@ def _traits(
     strip_space: bool,
     warnings: tuple[str, ...] = (),
 ) -> Traits:
-    size = len(vocabulary.texts)
-    names = {
-        "bos": "bos_token",
-        "eos": "eos_token",
-        "unknown": "unk_token",
-        "padding": "pad_token",
-        "seperator": "sep_token",
+    ids, told = _special_ids(checkpoint, len(vocabulary.texts), defaults)
+    special_texts = {
+        text: vocabulary.texts[token] for name, text in _TEMPLATE_NAMES.items() if (token := ids[name]) is not None
     }
-    ids = {name: _id(metadata, name, size, defaults.get(name)) for name in (*names, "eot", "eom")}
-    special_texts = {text: vocabulary.texts[token] for name, text in names.items() if (token := ids[name]) is not None}
     return Traits(
         bos_id=ids["bos"],
         eos_ids=end_ids(vocabulary, (ids["eos"], ids["eot"], ids["eom"])),
-        add_bos=bool(metadata.get(_KEY + "add_bos_token", add_bos)) and ids["bos"] is not None,
+        add_bos=bool(checkpoint.metadata.get(_KEY + "add_bos_token", add_bos)) and ids["bos"] is not None,
         strip_space=strip_space,
-        chat_templates=_chat_templates(metadata),
+        chat_templates=_chat_templates(checkpoint.metadata),
         special_texts=special_texts,
-        warnings=warnings,
+        warnings=(*warnings, *told),
     )
 
 

@@ -13,7 +13,16 @@ from tokenizers import Tokenizer as Pipeline
 from multitensor.errors import InputError
 from multitensor.formats.checkpoint import Checkpoint
 from multitensor.formats.detokenizer import TokenKind, byte_of
-from multitensor.formats.vocabulary import UNMISTAKABLE_END_NAMES, Encoder, Part, Traits, Vocabulary, end_ids
+from multitensor.formats.vocabulary import (
+    UNMISTAKABLE_END_NAMES,
+    Encoder,
+    Part,
+    StatedId,
+    Traits,
+    Vocabulary,
+    end_ids,
+    stated_id,
+)
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -106,20 +115,36 @@ def _traits(
         for name in _SPECIAL_NAMES
         if isinstance(text := _content(settings.get(name, special_map.get(name))), str)
     }
-    bos_id = pipeline.token_to_id(texts["bos_token"]) if "bos_token" in texts else _first_id(config.get("bos_token_id"))
-    stated = [pipeline.token_to_id(texts["eos_token"])] if "eos_token" in texts else []
-    for source in (_json(folder / "generation_config.json"), config):
-        stated += _ids(source.get("eos_token_id"))
+    size = len(vocabulary.texts)
+    bos = [_named(pipeline, "bos", texts, folder)]
+    if "bos_token" not in texts:
+        bos = [stated_id("bos", "bos_token_id", id, size, "config.json") for id in _ids(config.get("bos_token_id"))[:1]]
+    ends = [_named(pipeline, "eos", texts, folder)]
+    for name, source in (("generation_config.json", _json(folder / "generation_config.json")), ("config.json", config)):
+        ends += [stated_id("eos", "eos_token_id", id, size, name) for id in _ids(source.get("eos_token_id"))]
+    bos_id = bos[0].id if bos else None
     add_bos = settings.get("add_bos_token")
     if add_bos is None:  # then the pipeline's post-processor decides
         add_bos = pipeline.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
     return Traits(
         bos_id=bos_id,
-        eos_ids=end_ids(vocabulary, stated),
+        eos_ids=end_ids(vocabulary, [end.id for end in ends]),
         add_bos=bool(add_bos) and bos_id is not None,
         strip_space=strip_space,
         chat_templates=_chat_templates(folder, settings),
         special_texts=texts,
+        warnings=tuple(dict.fromkeys(special.warning for special in bos + ends if special.warning)),
+    )
+
+
+def _named(pipeline: Pipeline, name: str, texts: Mapping[str, str], folder: Path) -> StatedId:
+    """The special token that tokenizer_config.json states by its text, if it does."""
+    text = texts.get(f"{name}_token")
+    token = pipeline.token_to_id(text) if text is not None else None
+    if text is None or token is not None:
+        return StatedId(token)
+    return StatedId(
+        None, f"{folder.name}: {name}_token is {text!r}, which is no token of the vocabulary; it is left out"
     )
 
 
@@ -153,7 +178,3 @@ def _content(token: Any) -> Any:
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [token for token in values if isinstance(token, int)]
-
-
-def _first_id(value: Any) -> int | None:
-    return next(iter(_ids(value)), None)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from multitensor.errors import InputError
 from multitensor.formats.detokenizer import TokenKind
 
 Part = str | int
@@ -74,6 +75,13 @@ class Traits:
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     special_texts: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+
+
+class StatedId(NamedTuple):
+    """The id of a special token, if there is one, and what is to be told of it."""
+
+    id: int | None
+    warning: str | None = None
 
 
 class Encoder(Protocol):
@@ -149,6 +157,29 @@ def end_ids(vocabulary: Vocabulary, stated: Iterable[int | None]) -> frozenset[i
     channels = {"<|return|>", "<|call|>"} <= control.keys() or {"<|flush|>", "<|calls|>"} <= control.keys()
     ids = {control[name] for name in names if not (channels and name == "<|end|>")}
     return frozenset(ids | {token for token in stated if token is not None and 0 <= token < len(vocabulary.texts)})
+
+
+_WITHOUT = {
+    "bos": "texts begin without it",
+    "eos": "answers may not end where they should",
+    "eot": "answers may not end where they should",
+    "eom": "answers may not end where they should",
+}
+
+
+def stated_id(name: str, key: str, value: object, size: int, where: str, otherwise: int | None = None) -> StatedId:
+    """The special token `name` ("bos", ...) that the file `where` states under `key`; None: it states none. An id that
+    no token has is told and replaced by `otherwise`, if that is one: llama.cpp does so too, and token ids still work.
+    Raises InputError for what is no number."""
+    if value is None:
+        return StatedId(otherwise if otherwise is not None and otherwise < size else None)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{where}: {key} is {str(value)[:40]!r}, not a token id; the file is broken")
+    if 0 <= value < size:
+        return StatedId(value)
+    instead = otherwise if otherwise is not None and otherwise < size else None
+    effect = f"{instead} is used instead" if instead is not None else _WITHOUT.get(name, "it is left out")
+    return StatedId(instead, f"{where}: {key} is {value}, but tokens have the ids 0 to {size - 1}; {effect}")
 
 
 def clean(text: str) -> str:
