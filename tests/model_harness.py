@@ -17,6 +17,7 @@ from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
 from multitensor.loading.loader import load_rank
 from multitensor.model.decoder import Decoder
+from multitensor.model.row_cuts import RowCut, uncut
 from multitensor.parallel.group import Group, SingleGroup
 from multitensor.parallel.local_group import LocalGroup
 from multitensor.sharding.plan import Plan, Ratios, make_plan
@@ -85,14 +86,23 @@ def shuffled_tables(lengths: Sequence[int], n_blocks: int, seed: int = 0) -> np.
 class RankModel:
     """One rank's decoder with its caches; `step` runs a flat batch and returns the logits of every position."""
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, group: Group, device: torch.device = CPU) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        group: Group,
+        device: torch.device = CPU,
+        cut_rows: RowCut = uncut,
+        *,
+        exact: bool = True,
+    ) -> None:
         self.plan = plan
         self.device = device
-        kernels = make_kernels(device, exact=True)
+        kernels = make_kernels(device, exact=exact)
         group.kernels = kernels
         own = plan.ranks[group.rank]
         self.weights = load_rank(checkpoint, plan, group.rank, device)
-        self.decoder = Decoder(plan, group.rank, self.weights, kernels, group, torch.float32, device)
+        self.decoder = Decoder(plan, group.rank, self.weights, kernels, group, torch.float32, device, cut_rows)
         shape = (plan.kv_tokens // BLOCK, BLOCK, own.kv_heads.size, plan.spec.head_dim)
         self.caches = [
             (make_cache(plan.kv_type, shape, device), make_cache(plan.kv_type, shape, device)) for _ in plan.spec.layers

@@ -144,7 +144,7 @@ def test_projection(
     blocks = tokens // 16 + 2
     slots = torch.randperm(16 * blocks, generator=torch.Generator().manual_seed(5))[:tokens].cuda()
     found, wanted = ([make_cache(kv_type, (blocks, 16, 2, size), x.device) for _ in "kv"] for _ in range(2))
-    assert kernels.prefill_kernels.project_takes(x, projection, angles, *found)
+    assert kernels.prefill_kernels.project_takes(tokens, dtype, projection, angles, *found)
     q = kernels.project(x, projection, angles.cos(), angles.sin(), *found, slots)
     products = [(x.double() @ numbers.double().T).float().unflatten(1, (-1, size)) for _, numbers in made]
     if q_norm is not None and k_norm is not None:

@@ -156,7 +156,7 @@ def prefill_requests(turn: int) -> None:
         matrices = [_tiled("Q8_0", rows=heads * head_dim) for heads in (2, 1, 1)]
         projection = Projection((matrices[0], matrices[1], matrices[2]), None, head_dim, "half", None, None, 1e-5)
         angles, slots = torch.zeros(2, head_dim // 2), torch.zeros(2, dtype=torch.int64)
-        assert kernels.project_takes(x, projection, angles, cache, cache)
+        assert kernels.project_takes(2, x.dtype, projection, angles, cache, cache)
         qkv = torch.zeros(2, 4 * head_dim, dtype=x.dtype)
         kernels.rope_write_kv(qkv, projection, angles, angles, cache, cache, slots)
     for dtype in HALVES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -9,17 +10,20 @@ import pytest
 import torch
 from random_weights import random_tensor
 
+from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels import reference
 from multitensor.kernels.cache_tensor import QuantCache, make_cache
 from multitensor.kernels.cuda import cuda_kernels
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import DecodeKernels
+from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.tiles import ROWS, TiledTensor, to_tiles
 from multitensor.kernels.dequantize import dequantize
 from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.rows import Rows
 from multitensor.kernels.torch_kernels import Kernels
 from multitensor.parallel.group import SingleGroup
 
@@ -210,3 +214,113 @@ def test_projection(kernels: CudaKernels, kv_type: str, norms: bool, odd: str) -
     taken = not odd or (odd == "head size" and kv_type == "f16")
     asked: list[Any] = kernels.prefill_kernels.asked  # type: ignore[attr-defined]
     assert asked == ([(4, 2)] if taken else [])
+
+
+class Late:
+    """Rows that hold NaN until they are waited for. log: of what happens, in order."""
+
+    def __init__(self, rows: torch.Tensor, number: int, log: list[str]) -> None:
+        self.shape, self.dtype = tuple(rows.shape), rows.dtype
+        self._rows, self._number, self._log = rows, number, log
+
+    def wait(self) -> torch.Tensor:
+        self._log.append(f"wait {self._number}")
+        return self._rows
+
+
+def late_parts(kernels: CudaKernels, x: torch.Tensor, sizes: Sequence[int]) -> tuple[list[Rows], list[str]]:
+    """The rows of x as they may come, and what is done with them and with weights."""
+    log: list[str] = []
+    tiles = tiles_of(kernels)
+    expand = tiles._expand
+
+    def logged(*arguments: Any) -> None:
+        log.append("expand")
+        expand(*arguments)
+
+    tiles._expand = logged  # type: ignore[method-assign]
+    parts: list[Rows] = [Late(rows, number, log) for number, rows in enumerate(x.split(list(sizes)))]
+    return parts, log
+
+
+SIZES = [(35, 35), (1, 69), (69, 1), (7, 60, 3)]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("scratch", [1 << 20, 48 * 512 * 2, 16 * 512 * 2])  # one run of rows, two, five
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_parts_of_a_product(kernels: CudaKernels, sizes: tuple[int, ...], scratch: int, has_bias: bool) -> None:
+    """Each run of the weight's rows is expanded once, and a part is given on before the next one's last product."""
+    tiles = tiles_of(kernels)
+    w = tiles.tiled("Q4_K", 72, 512, 1)
+    x, bias = torch.randn(TOKENS, 512).to(HALF), torch.randn(72) if has_bias else None
+    with patch.object(cuda_kernels, "EXPAND_BYTES", scratch), patch.object(torch, "empty", poisoned):
+        found = []
+        for rows in kernels.linear_in_parts(x, sizes, w, bias):
+            assert rows.is_contiguous() and rows.shape == (sizes[len(found)], 72)
+            found.append(rows.clone())
+            rows.fill_(float("nan"))  # the caller's, from now on
+    assert tiles.expansions == -(-72 // (scratch // 1024))
+    assert [len(rows) for rows in found] == list(sizes)
+    assert close(torch.cat(found), reference.linear(x.float(), tiles.planes[w.tiles.data_ptr()], bias))
+
+
+def poisoned(*arguments: Any, **options: Any) -> torch.Tensor:
+    made = torch.zeros(*arguments, **options)
+    return made.fill_(float("nan")) if made.is_floating_point() else made
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("scratch", [1 << 20, 80 * 512 * 2])  # both matrices at once; one after the other
+def test_gate_and_up_of_parts(kernels: CudaKernels, sizes: tuple[int, ...], scratch: int) -> None:
+    """Weights are expanded before the first part is waited for, each once."""
+    tiles = tiles_of(kernels)
+    gate, up = tiles.tiled("Q4_K", 72, 512, 1), tiles.tiled("Q6_K", 72, 512, 2)
+    x, biases = (torch.randn(TOKENS, 512) * 0.01).to(HALF), (torch.randn(72), None)
+    planes = [tiles.planes[w.tiles.data_ptr()] for w in (gate, up)]
+    g, u = (reference.linear(x.float(), w, bias) for w, bias in zip(planes, biases, strict=True))
+    parts, log = late_parts(kernels, x, sizes)
+    with patch.object(cuda_kernels, "EXPAND_BYTES", scratch):
+        found = kernels.gated_linear_of_parts(parts, gate, up, "silu", *biases)
+    assert close(found, reference.gated_activation(g, u, "silu"))
+    waits = [f"wait {number}" for number in range(len(sizes))]
+    together = scratch == 1 << 20
+    assert log == (["expand", "expand", *waits] if together else ["expand", *waits] * 2)
+    assert kernels.prefill_kernels.asked == [(144, 144)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["tiles", "joined floats", "floats", "other floats", "few"])
+def test_projection_of_parts(kernels: CudaKernels, kind: str) -> None:
+    """The same queries, keys and values as those of all rows at once, whatever multiplies."""
+    tiles, cpu, size = tiles_of(kernels), torch.device("cpu"), 32
+    kernels.float_kernels = FloatKernels.__new__(FloatKernels)
+    weights: list[QuantTensor] = [
+        tiles.tiled(name, heads * size, 512, heads) for name, heads in (("Q4_K", 4), ("Q4_K", 2), ("Q6_K", 2))
+    ]
+    if "floats" in kind:
+        whole = torch.cat([dequantize(w) for w in weights]).to(torch.bfloat16 if kind == "other floats" else HALF)
+        planes = [
+            plane if kind == "joined floats" else plane.clone() for plane in whole.split([w.rows for w in weights])
+        ]
+        weights = [QuantTensor(QUANT_TYPES["F16"], *plane.shape, {"weight": plane}) for plane in planes]
+    biases = (torch.randn(4 * size), None, torch.randn(2 * size))
+    projection = Projection((weights[0], weights[1], weights[2]), biases, size, "half", None, None, 1e-5)
+    x = (torch.randn(TOKENS, 512) * 0.01).to(HALF)
+    angles, slots = torch.randn(TOKENS, size // 2), torch.randperm(6 * 16)[:TOKENS]
+    found, wanted = ([make_cache("f16", (6, 16, 2, size), cpu) for _ in "kv"] for _ in range(2))
+    parts, log = late_parts(kernels, x, (35, 35))
+    with patch.object(kernels, "_few", wraps=kernels._few) as few, patch.object(kernels, "_multiply", by_expansion):
+        if kind == "few":
+            few.side_effect = lambda few_of, _: few_of
+        q = kernels.project_parts(parts, projection, angles.cos(), angles.sin(), found[0], found[1], slots)
+    asked = list(log)
+    plain = Kernels.project(kernels, x, projection, angles.cos(), angles.sin(), wanted[0], wanted[1], slots)
+    assert close(q, plain)
+    assert all(close(numbers_of(f), numbers_of(w)) for f, w in zip(found, wanted, strict=True))
+    order = {"tiles": ["expand"] * 3 + ["wait 0", "wait 1"], "floats": ["wait 0", "wait 1"] * 3}
+    assert asked == order.get(kind, ["wait 0", "wait 1"])
+
+
+def by_expansion(x: torch.Tensor, weights: Sequence[QuantTensor], bias: torch.Tensor | None) -> torch.Tensor:
+    product = torch.cat([reference.linear(x.float(), w) for w in weights], dim=1)
+    return (product if bias is None else product + bias).to(x.dtype)

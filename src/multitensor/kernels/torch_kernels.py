@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.rows import Rows
 
 
 class Kernels:
@@ -141,6 +142,47 @@ class Kernels:
         q, k = self.apply_rope_pair(q, k, cos, sin, projection.style)
         self.write_kv(k, v, k_cache, v_cache, slot_mapping)
         return q
+
+    # The same for rows that come in parts (rows.py): each is waited for just before it is multiplied, and given on as
+    # soon as it is done. What has to be done to a weight first, other sets of kernels do once for all parts.
+
+    def linear_in_parts(
+        self, x: torch.Tensor, sizes: Sequence[int], w: QuantTensor, bias: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """`linear` of x [T, w.cols], so many rows at a time: [size, w.rows] each, queued when it is asked for."""
+        for rows in x.split(list(sizes)):
+            yield self.linear(rows, w, bias)
+
+    def gated_linear_of_parts(
+        self,
+        parts: Sequence[Rows],
+        gate: QuantTensor,
+        up: QuantTensor,
+        kind: Literal["silu", "gelu_tanh"],
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`gated_linear` of all parts: [T, gate.rows]."""
+        return torch.cat([self.gated_linear(part.wait(), gate, up, kind, gate_bias, up_bias) for part in parts])
+
+    def project_parts(
+        self,
+        parts: Sequence[Rows],
+        projection: Projection,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """`project` of all parts, T rows together: the queries of all."""
+        queries, first = [], 0
+        for part in parts:
+            rows = slice(first, first + part.shape[0])
+            first = rows.stop
+            q = self.project(part.wait(), projection, cos[rows], sin[rows], k_cache, v_cache, slot_mapping[rows])
+            queries.append(q)
+        return torch.cat(queries)
 
     def paged_attention(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.dispatch import Kernels
 from multitensor.kernels.projection import Projection
+from multitensor.kernels.rows import Rows
 from multitensor.model.linear import Weights, matrix, optional_vector, vector
 from multitensor.sharding.plan import RankPlan
 
@@ -72,11 +74,27 @@ class Attention:
         """x [T, hidden], normalised -> this rank's part of the sub-layer's output, [T, hidden]."""
         if self.n_heads == 0:
             return x.new_zeros(x.shape)
-        kernels = self.kernels
-        n_tokens = x.shape[0]
+        angles, slots = step.ropes[self.rope], step.inputs.slot_mapping
+        q = self.kernels.project(x, self.projection, *angles, *cache, slots)
+        return self.kernels.linear(self._attend(q, step, cache), self.output, self.output_bias)
+
+    def in_parts(self, parts: Sequence[Rows], step: Step, cache: KVCache) -> Iterator[torch.Tensor]:
+        """The same for rows that come in parts, T together: each part's partial sums, as soon as they are queued. Each
+        part is waited for just before it is multiplied; what lies between the products is done for all at once."""
+        if self.n_heads == 0:
+            for part in parts:
+                yield torch.zeros_like(part.wait())
+            return
+        angles, slots = step.ropes[self.rope], step.inputs.slot_mapping
+        q = self.kernels.project_parts(parts, self.projection, *angles, *cache, slots)
+        sizes = [part.shape[0] for part in parts]
+        mixed = self._attend(q, step, cache)
+        yield from self.kernels.linear_in_parts(mixed, sizes, self.output, self.output_bias)
+
+    def _attend(self, q: torch.Tensor, step: Step, cache: KVCache) -> torch.Tensor:
+        """Queries [T, heads, head_dim] -> [T, heads x head_dim], over the cache, which holds the step's own keys."""
         keys, values = cache
-        q = kernels.project(x, self.projection, *step.ropes[self.rope], keys, values, step.inputs.slot_mapping)
-        mixed = kernels.paged_attention(
+        mixed = self.kernels.paged_attention(
             q, keys, values, step.inputs, self.kv_map, self.scale, self.window, self.softcap
         )
-        return kernels.linear(mixed.reshape(n_tokens, self.n_heads * self.head_dim), self.output, self.output_bias)
+        return mixed.reshape(q.shape[0], self.n_heads * self.head_dim)

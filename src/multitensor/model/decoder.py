@@ -1,7 +1,8 @@
 """A decoder of any architecture that a ModelSpec can tell, on one rank.
 
 The graph of a layer is Megatron's (arXiv:1909.08053): two partial sums, and after each a reduction over the ranks, here
-in plain sight. Between reductions the ranks hold the same residual stream, bit for bit.
+in plain sight. Between reductions the ranks hold the same residual stream, bit for bit. The rows of a long step may be
+cut in parts (row_cuts.py), so that a part's sums travel while another part is multiplied: `in_parts`.
 
 The stream is float32 whatever the compute dtype: it grows far beyond what one layer adds, so a narrow stream would lose
 more than all other roundings together (in bfloat16 the error of a layer is 5 times larger; Gemma 3 overflows float16).
@@ -20,7 +21,9 @@ from multitensor.model.embedding import LMHead, VocabularyEmbedding
 from multitensor.model.feed_forward import FeedForward
 from multitensor.model.linear import Weights, optional_vector, vector
 from multitensor.model.rope import RopeTable
+from multitensor.model.row_cuts import RowCut, uncut
 from multitensor.parallel.group import Group
+from multitensor.parallel.reduction import Reduction
 from multitensor.sharding.plan import Plan
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -67,6 +70,19 @@ class DecoderLayer:
         partial = self.feed_forward(hidden)
         return self.group.reduce_add_norm(partial, residual, self.next_norm, self.eps, self.post_ffn_norm)
 
+    def in_parts(self, parts: Sequence[Reduction], step: Step, cache: KVCache) -> list[Reduction]:
+        """The same for rows that come in parts: while one part's sum travels the next part is multiplied."""
+        partials = self.attention.in_parts(parts, step, cache)
+        parts = [
+            self.group.start_reduce_add_norm(partial, part.residual, self.ffn_norm, self.eps, self.post_attention_norm)
+            for partial, part in zip(partials, parts, strict=True)
+        ]
+        partials = self.feed_forward.in_parts(parts)
+        return [
+            self.group.start_reduce_add_norm(partial, part.residual, self.next_norm, self.eps, self.post_ffn_norm)
+            for partial, part in zip(partials, parts, strict=True)
+        ]
+
 
 class Decoder:
     """This rank's part of the model. All methods are collective: every rank of the group calls them alike."""
@@ -80,10 +96,12 @@ class Decoder:
         group: Group,
         dtype: torch.dtype,
         device: torch.device,
+        cut_rows: RowCut = uncut,
     ) -> None:
         self.kernels = kernels
         self.eps = plan.spec.norm_eps
         self.dtype = dtype
+        self.cut_rows = cut_rows
         self.embedding = VocabularyEmbedding(plan, rank, weights, kernels, group)
         self.layers = [DecoderLayer(plan, rank, i, weights, kernels, group) for i in range(plan.spec.n_layers)]
         self.lm_head = LMHead(plan, rank, weights, kernels, group)
@@ -104,6 +122,13 @@ class Decoder:
         step = self.begin(inputs)
         residual = self.embedding(token_ids)
         hidden = self.first_norm(residual)
+        sizes = list(self.cut_rows(len(token_ids)))
+        if len(sizes) > 1:
+            parts = list(map(Reduction.done, hidden.split(sizes), residual.split(sizes)))
+            del hidden  # held by the parts as long as it is needed
+            for layer, cache in zip(self.layers, caches, strict=True):
+                parts = layer.in_parts(parts, step, cache)
+            return torch.cat([part.wait() for part in parts])
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, step, cache)
         return hidden

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from multitensor.architectures.spec import ModelSpec
 from multitensor.kernels.dispatch import Kernels
+from multitensor.kernels.rows import Rows
 from multitensor.model.linear import Weights, matrix, optional_vector
 from multitensor.sharding.plan import RankPlan
 
@@ -35,3 +38,13 @@ class FeedForward:
         kernels = self.kernels
         inner = kernels.gated_linear(x, self.gate, self.up, self.activation, self.gate_bias, self.up_bias)
         return kernels.linear(inner, self.down, self.down_bias)
+
+    def in_parts(self, parts: Sequence[Rows]) -> Iterator[torch.Tensor]:
+        """The same for rows that come in parts: as Attention.in_parts."""
+        if self.size == 0:
+            for part in parts:
+                yield torch.zeros_like(part.wait())
+            return
+        kernels = self.kernels
+        inner = kernels.gated_linear_of_parts(parts, self.gate, self.up, self.activation, self.gate_bias, self.up_bias)
+        yield from kernels.linear_in_parts(inner, [part.shape[0] for part in parts], self.down, self.down_bias)

@@ -11,6 +11,7 @@ import torch
 from multitensor.kernels import reference
 from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.peer_memory import PeerMemory
+from multitensor.parallel.reduction import Reduction
 
 
 class Group(ABC):
@@ -33,10 +34,10 @@ class Group(ABC):
     seconds: float | None = None
     peer_memory: PeerMemory | None = None
     no_peer_memory: str = "the ranks are not several GPUs"
-
     host_memory: HostMemory | None = None
     no_host_memory: str = "the ranks are not several GPUs"
     overlaps: bool = False
+
     @abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks of x (any shape, same on all ranks); may return x itself, overwritten."""
@@ -58,11 +59,11 @@ class Group(ABC):
         reason why not. Waits for a probe that has run since the group was made. Raises InputError where peer memory
         was demanded and there is none."""
 
-    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:  # noqa: B027
     def open_host_memory(self, nbytes: int) -> None:  # noqa: B027 - most groups have none
         """Collective, once, after `open_peer_memory`: where there is no peer memory, sets `host_memory` to a mailbox
         of so many bytes a rank, or `no_host_memory` to the reason why not."""
 
+    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:  # noqa: B027
         """Collective, after `open_peer_memory`: decides by timing how sums of few rows [T, hidden] travel, the hidden
         states being `dtype`. vocabulary: columns of each rank's logits."""
 
@@ -96,6 +97,19 @@ class Group(ABC):
         total = self.all_reduce(partial)
         normed, residual = self.kernels.add_rms_norm(total, residual, norm_weight, eps, post_weight=post_norm_weight)
         return normed, residual
+
+    def start_reduce_add_norm(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        post_norm_weight: torch.Tensor | None = None,
+    ) -> Reduction:
+        """Begins `reduce_add_norm` of some of a step's rows, so that others can be computed while the sum travels. Here
+        it is over at once; groups that can do better override it."""
+        normed, residual = self.reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)
+        return Reduction.done(normed, residual)
 
     def reduce_add_norm_into(
         self,

@@ -25,6 +25,7 @@ from multitensor.parallel.host_memory import open_host_memory
 from multitensor.parallel.peer_memory import PeerMemory, open_peer_memory
 from multitensor.parallel.peer_probe import PeerProbe
 from multitensor.parallel.peer_reductions import PeerReductions, make_peer_reductions
+from multitensor.parallel.reduction import Reduction
 
 _LOADING = timedelta(hours=24)  # ranks may load for very different times; the engine, not a timeout, ends the hopeless
 _NOT_ASKED = "not asked for"
@@ -63,6 +64,8 @@ class TorchGroup(Group):
         self._p2p = p2p
         self._probe: PeerProbe | None = None
         self._peers: PeerReductions | str = _NOT_ASKED
+        self._side: torch.cuda.Stream | None = None
+        self.overlaps = backend == "nccl"
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         if p2p is False:
             os.environ["NCCL_P2P_DISABLE"] = "1"
@@ -105,9 +108,6 @@ class TorchGroup(Group):
         world, share = dist.group.WORLD, self.gather_objects
         return open_peer_memory(self.rank, self.device, nbytes, world, share, self._impatient())
 
-    @contextmanager
-    def _impatient(self) -> Iterator[None]:
-        """Within, the store is waited for a minute at most."""
     def open_host_memory(self, nbytes: int) -> None:
         if self.host_memory is not None:
             return
@@ -122,6 +122,9 @@ class TorchGroup(Group):
             else:
                 self.host_memory = found
 
+    @contextmanager
+    def _impatient(self) -> Iterator[None]:
+        """Within, the store is waited for a minute at most."""
         self._store.set_timeout(_MAPPING)
         try:
             yield
@@ -157,6 +160,33 @@ class TorchGroup(Group):
         out = torch.empty_like(partial)
         peers.reduce_add_norm(partial, residual, norm_weight, eps, out, post_weight=post_norm_weight)
         return out, residual
+
+    def start_reduce_add_norm(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        post_norm_weight: torch.Tensor | None = None,
+    ) -> Reduction:
+        """NCCL's sums travel on a stream of their own, whose few blocks go before those of the products beside them.
+        The host waits for nothing: the streams wait for each other's events. Not yet run on a GPU."""
+        partial = partial.contiguous()
+        if not self.overlaps or self._peers_for(partial, residual) is not None:
+            return super().start_reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.device, priority=-1)
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            # Allocated on the other stream: `finish` holds it until that stream waits for this one.
+            total = self.all_reduce(partial)
+            summed = self._side.record_event()
+
+        def finish() -> torch.Tensor:
+            torch.cuda.current_stream(self.device).wait_event(summed)
+            return self.kernels.add_rms_norm(total, residual, norm_weight, eps, post_weight=post_norm_weight)[0]
+
+        return Reduction(partial, residual, finish)
 
     def reduce_add_norm_into(
         self,
@@ -234,8 +264,8 @@ class TorchGroup(Group):
         if self._open:
             self._open = False
             self._peers, self.peer_memory = "the group is closed", None
-            dist.destroy_process_group()
             if self.host_memory is not None:
                 torch.cuda.synchronize(self.device)
                 self.host_memory.close()
                 self.host_memory = None
+            dist.destroy_process_group()

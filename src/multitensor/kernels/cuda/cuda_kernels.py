@@ -17,6 +17,7 @@ from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.projection import Projection
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.rows import Here, Rows
 from multitensor.kernels.torch_kernels import Kernels
 
 FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion, where it is they or it
@@ -134,10 +135,92 @@ class CudaKernels(Kernels):
         v_cache: CacheTensor,
         slot_mapping: torch.Tensor,
     ) -> torch.Tensor:
-        if not self.prefill_kernels.project_takes(x, projection, cos, k_cache, v_cache):
+        if not self.prefill_kernels.project_takes(x.shape[0], x.dtype, projection, cos, k_cache, v_cache):
             return super().project(x, projection, cos, sin, k_cache, v_cache, slot_mapping)
         qkv = self.joined_linear(x, projection.weights, projection.biases)
         return self.prefill_kernels.rope_write_kv(qkv, projection, cos, sin, k_cache, v_cache, slot_mapping)
+
+    def linear_in_parts(
+        self, x: torch.Tensor, sizes: Sequence[int], w: QuantTensor, bias: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        parts = [Here(rows) for rows in x.split(list(sizes))]
+        if not self._expands(parts, (w,)):
+            yield from super().linear_in_parts(x, sizes, w, bias)
+            return
+        out = x.new_empty((x.shape[0], w.rows))
+        yield from _multiply_parts(parts, self._numbers((w,), x.dtype), out, bias)
+
+    def gated_linear_of_parts(
+        self,
+        parts: Sequence[Rows],
+        gate: QuantTensor,
+        up: QuantTensor,
+        kind: Literal["silu", "gelu_tanh"],
+        gate_bias: torch.Tensor | None = None,
+        up_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if not self._expands(parts, (gate, up)):
+            return super().gated_linear_of_parts(parts, gate, up, kind, gate_bias, up_bias)
+        both = self._product_of_parts(parts, (gate, up), (gate_bias, up_bias))
+        return self.gated_activation(both[:, : gate.rows], both[:, gate.rows :], kind)
+
+    def project_parts(
+        self,
+        parts: Sequence[Rows],
+        projection: Projection,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        tokens, dtype = len(slot_mapping), parts[0].dtype
+        takes = self.prefill_kernels.project_takes(tokens, dtype, projection, cos, k_cache, v_cache)
+        if not takes or not self._expands(parts, projection.weights):
+            return super().project_parts(parts, projection, cos, sin, k_cache, v_cache, slot_mapping)
+        qkv = self._product_of_parts(parts, projection.weights, projection.biases)
+        return self.prefill_kernels.rope_write_kv(qkv, projection, cos, sin, k_cache, v_cache, slot_mapping)
+
+    def _expands(self, parts: Sequence[Rows], weights: Sequence[QuantTensor]) -> bool:
+        """Whether cuBLAS is to multiply all parts by these weights, as numbers in the activations' type."""
+        if any(self._few(weights, part) is not None for part in parts):
+            return False
+        planes = [w.planes.get("weight") for w in weights]
+        plain = all(plane is not None and plane.dtype == parts[0].dtype for plane in planes)
+        return plain or all(self._tiled(weights, part) is not None for part in parts)
+
+    def _product_of_parts(
+        self, parts: Sequence[Rows], weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None
+    ) -> torch.Tensor:
+        """What `_expands` found: all parts times all weights, side by side [T, all rows]."""
+        shape = (sum(part.shape[0] for part in parts), sum(w.rows for w in weights))
+        out = torch.empty(shape, dtype=parts[0].dtype, device=self.device)
+        numbers = self._numbers(weights, parts[0].dtype)
+        for _ in _multiply_parts(parts, numbers, out, joined_biases(biases, weights)):
+            pass
+        return out
+
+    def _numbers(self, weights: Sequence[QuantTensor], dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, numbers of some rows from there), the weights one behind the other: all at once where they fit
+        the scratch together, or lie so already."""
+        tiled = [w for w in weights if isinstance(w, TiledTensor)]
+        plane = joined_plane(weights)
+        if plane is not None:
+            yield 0, plane
+        elif not tiled:
+            first = 0
+            for w in weights:
+                yield first, w.planes["weight"]
+                first += w.rows
+        elif self._fit_together(tiled, dtype):
+            yield 0, self.tile_kernels.expand_joined(tiled, dtype)
+        else:
+            before = 0
+            for w in tiled:
+                for first, part in self._parts(w, dtype):
+                    yield before + first, part
+                    del part  # or it would still be there while the next is made
+                before += w.rows
 
     def gated_activation(
         self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]
@@ -179,10 +262,8 @@ class CudaKernels(Kernels):
         """x [T, cols] times float weights that lie one behind the other, or tiled ones that fit the scratch together
         -> [T, all rows]; None for others."""
         tiled = self._tiled(weights, x)
-        if tiled is not None and len({w.cols for w in tiled}) == 1:
-            numbers = sum(w.rows for w in tiled) * tiled[0].cols
-            if numbers * x.element_size() <= EXPAND_BYTES:
-                return _product(x, self.tile_kernels.expand_joined(tiled, x.dtype), joined_biases(biases, weights))
+        if tiled is not None and self._fit_together(tiled, x.dtype):
+            return _product(x, self.tile_kernels.expand_joined(tiled, x.dtype), joined_biases(biases, weights))
         plane = joined_plane(weights)
         if plane is None or plane.dtype != x.dtype:
             return None
@@ -197,7 +278,13 @@ class CudaKernels(Kernels):
             return torch.mm(x, w.T, out_dtype=torch.float32)
         return torch.mm(x, w.T).float()
 
-    def _tiled(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
+    @staticmethod
+    def _fit_together(weights: Sequence[TiledTensor], dtype: torch.dtype) -> bool:
+        """Whether the weights' numbers fit the scratch at once, as one matrix."""
+        numbers = sum(w.rows * w.cols for w in weights)
+        return len({w.cols for w in weights}) == 1 and numbers * dtype.itemsize <= EXPAND_BYTES
+
+    def _tiled(self, weights: Sequence[QuantTensor], x: torch.Tensor | Rows) -> list[TiledTensor] | None:
         """The weights, where all are tiled and x is a type that the kernels take."""
         found = [w for w in weights if isinstance(w, TiledTensor)]
         half = x.dtype in (torch.float16, torch.bfloat16)
@@ -207,7 +294,7 @@ class CudaKernels(Kernels):
         """Whether our kernel takes float weights as they lie, and beats cuBLAS at it."""
         return self.float_kernels.takes(x, plane) and self.float_kernels.pays(x, plane)
 
-    def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor) -> list[TiledTensor] | None:
+    def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor | Rows) -> list[TiledTensor] | None:
         """The weights, where kernels that read them as they lie are the best there is for x."""
         tokens, tiled = x.shape[0], self._tiled(weights, x)
         if tiled is None:
@@ -256,6 +343,30 @@ class CudaKernels(Kernels):
 def _product(x: torch.Tensor, numbers: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [T, K] times numbers [N, K], plus bias [N] of any float type: [T, N]."""
     return torch.mm(x, numbers.T) if bias is None else torch.addmm(bias.to(x.dtype), x, numbers.T)
+
+
+def _multiply_parts(
+    parts: Sequence[Rows],
+    numbers: Iterator[tuple[int, torch.Tensor]],
+    out: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> Iterator[torch.Tensor]:
+    """Queues the parts, T rows [n, K] together, times numbers [all N, K], plus bias [N], into out [T, N]; gives each
+    part's rows of out once their last product is queued. numbers: (first, [some, K]) in order. All parts are multiplied
+    by numbers that are there once, the first part being waited for only when they are on their way."""
+    for first, some in numbers:
+        last = first + len(some)
+        own = None if bias is None else bias[first:last].to(out.dtype)
+        rows = out.split([part.shape[0] for part in parts])
+        for part, place in zip(parts, rows, strict=True):
+            columns = place[:, first:last]
+            if own is None:
+                torch.mm(part.wait(), some.T, out=columns)
+            else:
+                torch.addmm(own, part.wait(), some.T, out=columns)
+            if last == out.shape[1]:
+                yield place
+        del some  # or it would still be there while the next is made
 
 
 def joined_biases(biases: Sequence[torch.Tensor | None] | None, weights: Sequence[QuantTensor]) -> torch.Tensor | None:

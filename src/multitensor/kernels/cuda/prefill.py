@@ -55,12 +55,14 @@ class PrefillKernels:
         launch(kernel, (tokens, -(-eights // _THREADS)), _THREADS, 0, arguments, overlap=self.overlap)
         return out
 
-    def project_takes(self, x: torch.Tensor, p: Projection, cos: torch.Tensor, *caches: CacheTensor) -> bool:
-        """Whether `rope_write_kv` can do it for the products of x [T, hidden]."""
+    def project_takes(
+        self, tokens: int, dtype: torch.dtype, p: Projection, cos: torch.Tensor, *caches: CacheTensor
+    ) -> bool:
+        """Whether `rope_write_kv` can do it for the products of so many tokens' activations."""
         vectors = [v for v in (p.q_norm, p.k_norm) if v is not None]
         return (
-            x.dtype in _HALVES
-            and 0 < x.shape[0] <= _MAX_ROWS
+            dtype in _HALVES
+            and 0 < tokens <= _MAX_ROWS
             and p.head_dim % 2 == 0
             and 2 * cos.shape[-1] <= p.head_dim
             and len(vectors) in (0, 2)
