@@ -67,7 +67,7 @@ def parse_devices(text: str) -> tuple[DeviceRequest, ...]:
         if kind == "cpu" and (not colon or _is_number(number)):
             count = int(number) if colon else 1
             if not 1 <= count <= 64:
-                raise InputError(f"--devices: {part!r} asks for {count} CPU ranks; between 1 and 64 are possible")
+                raise InputError(f"devices: {part!r} asks for {count} CPU ranks; between 1 and 64 are possible")
             first = sum(r.kind == "cpu" for r in requests)
             requests += [DeviceRequest("cpu", first + i, cap_bytes) for i in range(count)]
         elif kind == "cuda" and colon and _is_number(number):
@@ -76,10 +76,10 @@ def parse_devices(text: str) -> tuple[DeviceRequest, ...]:
             requests.append(DeviceRequest(None, len(requests), parse_bytes(part)))
         else:
             raise InputError(
-                f"--devices: cannot read {part!r}; write cpu:2, cuda:0,cuda:1, cuda:1=24GiB or (for plan) 24GiB,12GiB"
+                f"devices: cannot read {part!r}; write cpu:2, cuda:0,cuda:1, cuda:1=24GiB or (for plan) 24GiB,12GiB"
             )
     if len({(r.kind, r.index) for r in requests}) != len(requests):
-        raise InputError(f"--devices: the same device is named twice in {text!r}")
+        raise InputError(f"devices: the same device is named twice in {text!r}")
     return tuple(requests)
 
 
@@ -88,7 +88,7 @@ def parse_ratio(text: str) -> tuple[float, ...]:
     try:
         ratio = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--ratio: cannot read {text!r}; write one number a device, as in 3,1") from None
+        raise InputError(f"ratio: cannot read {text!r}; write one number a device, as in 3,1") from None
     check_ratio(ratio)
     return ratio
 
@@ -96,7 +96,7 @@ def parse_ratio(text: str) -> tuple[float, ...]:
 def check_ratio(ratio: tuple[float, ...]) -> None:
     """Raises InputError unless every part is a finite number >= 0 and one is above 0."""
     if not all(0 <= part < float("inf") for part in ratio) or not any(part > 0 for part in ratio):
-        raise InputError(f"--ratio: {','.join(map(str, ratio))} is not a ratio; parts are >= 0 and not all 0")
+        raise InputError(f"ratio: {','.join(map(str, ratio))} is not a ratio; parts are >= 0 and not all 0")
 
 
 @dataclass(frozen=True)

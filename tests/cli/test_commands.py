@@ -40,7 +40,7 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["run", "MODEL", "--tp", "0"], 2, "--tp"),
+        (["run", "MODEL", "--tp", "0"], 2, "0 tensor parallel ranks"),
         (["run", "MODEL", "--tp", "x"], 2, "'--tp'"),
         (["run", "MODEL", "--ids", "1,x"], 2, "--ids"),
         (["run", "MODEL", "--ids", "1,320"], 2, "320 is not a token id"),

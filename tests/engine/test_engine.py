@@ -147,7 +147,7 @@ def test_the_context_ends_a_text() -> None:
 @pytest.mark.parametrize(
     ("prompt", "params", "words"),
     [
-        ([1] * 70, {}, ("70", "64", "max_model_len")),
+        ([1] * 70, {}, ("70", "64", "larger context")),
         ([1] * 64, {}, ("64", "no room")),
         ([], {}, ("empty",)),
         ([VOCAB], {}, (str(VOCAB),)),

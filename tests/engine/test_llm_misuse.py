@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -161,3 +162,28 @@ def test_a_ratio_says_how_many_ranks(tmp_path: Any) -> None:
 def test_a_model_is_a_path(model: Any) -> None:
     with pytest.raises(InputError, match="model"):
         LLM(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_model_len": 0}, "a context of 0"),
+        ({"context": -5}, "a context of -5"),
+        ({"tensor_parallel_size": 0}, "0 tensor parallel ranks"),
+        ({"tensor_parallel": 2, "devices": "cpu:3"}, "2 tensor parallel ranks and 3 devices"),
+        ({"devices": "cpu:0"}, "devices"),
+        ({"devices": ["cpu:1", "nonsense"]}, "devices: cannot read 'nonsense'"),
+        ({"devices": "24GiB"}, "devices: sizes"),
+        ({"ratio": [1, 2, 3], "tensor_parallel_size": 2}, "the ratio has 3 parts"),
+        ({"ratio": "a,b"}, "ratio: cannot read"),
+        ({"ratio": [0, 0]}, "ratio: 0.0,0.0"),
+        ({"dtype": "float8"}, "dtype 'float8'"),
+        ({"kv_type": "q3"}, "KV type 'q3'"),
+    ],
+)
+def test_errors_name_no_option_of_the_command_line(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", hidden=64, ffn=128, n_layers=1, n_heads=2, n_kv_heads=1, vocab=64)
+    with pytest.raises(InputError) as error:
+        LLM(path, **settings)
+    assert words in str(error.value)
+    assert "--" not in str(error.value)

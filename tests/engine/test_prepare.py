@@ -67,7 +67,7 @@ def test_what_can_only_be_planned_is_not_run(model: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"tensor_parallel_size": 0}, "--tp 0"),
+        ({"tensor_parallel_size": 0}, "0 tensor parallel ranks"),
         ({"devices": "cpu:2", "ratio": (1, 2, 3)}, "3 parts, but there are 2 ranks"),
         ({"devices": "cpu:2", "ratio": "a"}, "cannot read 'a'"),
         ({"devices": "gpu"}, "cannot read 'gpu'"),

@@ -132,7 +132,7 @@ def test_an_exception_in_a_call_is_told_with_its_place(executor: ProcessExecutor
             1,
             "out of memory",
             DoesNotFit,
-            r"^rank 0 \(cpu:0\) ran out of memory \(cannot allocate 12 GiB\); lower --ctx",
+            r"^rank 0 \(cpu:0\) ran out of memory \(cannot allocate 12 GiB\); take a smaller context",
         ),
         (1, "exit", RankFailed, r"^rank 0 \(cpu:0\) ended with exit status 7: the library says goodbye$"),
     ],

@@ -78,7 +78,7 @@ def test_every_gpu_is_the_default_with_its_free_memory(nvml: FakeNvml) -> None:
 
 def test_tp_takes_the_first_gpus_and_names_those_there_are(nvml: FakeNvml) -> None:
     assert [device.name for device in find_devices(None, 2)] == ["cuda:0", "cuda:1"]
-    with pytest.raises(InputError, match=r"--tp 4: .*cuda:2 \(Card 2, 64.4 GB free\).*--devices cpu:4"):
+    with pytest.raises(InputError, match=r"4 tensor parallel ranks: .*cuda:2 \(Card 2, 64.4 GB free\).* devices cpu:4"):
         find_devices(None, 4)
 
 
@@ -135,7 +135,7 @@ def test_cpu_ranks_share_the_available_memory(no_gpus: None, monkeypatch: pytest
 
 @pytest.mark.parametrize("tp", [0, -1, 65])
 def test_a_number_of_ranks_that_makes_no_sense_is_refused(no_gpus: None, tp: int) -> None:
-    with pytest.raises(InputError, match=f"--tp {tp}"):
+    with pytest.raises(InputError, match=f"{tp} tensor parallel ranks"):
         find_devices(None, tp)
 
 

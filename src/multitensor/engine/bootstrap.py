@@ -61,7 +61,7 @@ def device_kind(plan: Plan) -> str:
         why = (
             "mixing CPU and GPU ranks is not supported yet" if kinds == ["cpu", "cuda"] else "these only serve to plan"
         )
-        raise InputError(f"cannot run on {names}: {why}; name devices of one kind, as in --devices cuda:0,cuda:1")
+        raise InputError(f"cannot run on {names}: {why}; name devices of one kind, as in cuda:0,cuda:1")
     return kinds[0]
 
 
@@ -130,7 +130,7 @@ def describe_failure(error: BaseException, rank: int, device: str) -> Failure:
         first = text.split(". ")[0].rstrip(".")
         return Failure(
             DoesNotFit.__name__,
-            f"{who} ran out of memory ({first}); lower --ctx, free memory on the device or use more devices",
+            f"{who} ran out of memory ({first}); take a smaller context, free memory on the device or use more devices",
         )
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -117,12 +117,12 @@ class Engine:
             raise InputError(f"token id {wrong} is not in the vocabulary of {vocab_size} ids")
         if len(ids) > self.context:
             raise InputError(
-                f"the prompt has {len(ids)} tokens, the context only {self.context}; shorten it or raise max_model_len"
+                f"the prompt has {len(ids)} tokens, the context {self.context}; shorten it or take a larger context"
             )
         if len(ids) + room > self.context:
             raise InputError(
                 f"the prompt has {len(ids)} tokens and fills the context of {self.context}: no room for an answer; "
-                "shorten it or raise max_model_len"
+                "shorten it or take a larger context"
             )
         return ids
 

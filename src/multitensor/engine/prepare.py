@@ -140,7 +140,7 @@ def _device_requests(
 def _require_runnable(spec: ModelSpec, *, planned: bool) -> None:
     """Raises InputError for what can be planned but not run."""
     if planned:
-        raise InputError("--devices: sizes without a device are for `plan`; to run, write cpu:2 or cuda:0,cuda:1=24GiB")
+        raise InputError("devices: sizes without a device are for `plan`; to run, write cpu:2 or cuda:0,cuda:1=24GiB")
     for decl in spec.tensors:
         if not decl.info.type.computable:
             raise InputError(

@@ -55,13 +55,13 @@ def solve(
     if not devices:
         raise InputError("no devices to cut the model over")
     if context is not None and context < 1:
-        raise InputError(f"--ctx {context}: the context is at least 1 token")
+        raise InputError(f"a context of {context}: at least 1 token is needed")
     resolved = resolve_dtype(dtype, spec, devices)
     sizes = _Sizes(
         resolve_kv_type(kv_type, dtype, resolved, devices), resolved, max_num_seqs, max_batch_tokens, block_size
     )
     if sizes.kv_type == "q4" and spec.head_dim % 8:
-        raise InputError(f"--kv-type q4 packs eight numbers together, the model's heads have {spec.head_dim}; take q8")
+        raise InputError(f"KV type q4 packs eight numbers together, the model's heads have {spec.head_dim}; take q8")
     plan = _cut(spec, devices, ratio, context, sizes)
     chosen = _choose_context(plan) if context is None else context
     plan = replace(plan, context=chosen, kv_tokens=_round_up(chosen, block_size))
@@ -78,7 +78,7 @@ def resolve_dtype(dtype: str, spec: ModelSpec, devices: Sequence[Device]) -> str
     """ "auto" is float32 on a CPU; on a GPU bfloat16, or float16 where most weights are F16. Gemma stays with bfloat16:
     its activations leave float16's range. Raises InputError for an unknown type."""
     if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
     if dtype != "auto":
         return dtype
     if devices[0].kind == "cpu":
@@ -93,7 +93,7 @@ def resolve_kv_type(kv_type: str, dtype: str, resolved: str, devices: Sequence[D
     """ "auto" is f16 on a CPU and the activations' type on a GPU; f32 where float32 was asked for (`dtype`)."""
     kv_type = KV_ALIASES.get(kv_type, kv_type)
     if kv_type not in KV_TYPES:
-        raise InputError(f"--kv-type {kv_type!r} is unknown; known: {', '.join(KV_TYPES)}")
+        raise InputError(f"KV type {kv_type!r} is unknown; known: {', '.join(KV_TYPES)}")
     if kv_type != "auto":
         return kv_type
     if dtype == "float32":
@@ -142,7 +142,7 @@ def _given_ratios(ratio: Sequence[float] | Mapping[str, Sequence[float]], size: 
         groups = {group: tuple(ratio.get(group, equal)) for group in Ratios.__dataclass_fields__}
     for parts in groups.values():
         if len(parts) != size:
-            raise InputError(f"--ratio has {len(parts)} parts, but there are {size} ranks; give one part a rank")
+            raise InputError(f"the ratio has {len(parts)} parts, but there are {size} ranks; give one part a rank")
         check_ratio(parts)
     return Ratios(**groups)
 

@@ -40,27 +40,29 @@ def find_devices(
     if requests:
         return _requested(tuple(requests), tensor_parallel_size)
     if tensor_parallel_size is not None and not 1 <= tensor_parallel_size <= MAX_RANKS:
-        raise InputError(f"--tp {tensor_parallel_size}: between 1 and {MAX_RANKS} ranks are possible")
+        raise InputError(f"{tensor_parallel_size} tensor parallel ranks: between 1 and {MAX_RANKS} ranks are possible")
     gpus = find_gpus()
     wanted = tensor_parallel_size or len(gpus) or 1
     if not gpus:
         return _cpu_ranks([DeviceRequest("cpu", i) for i in range(wanted)])
     if wanted > len(gpus):
         raise InputError(
-            f"--tp {wanted}: this machine has {_list(gpus)}; ask for fewer ranks, or for CPU ranks with "
-            f"--devices cpu:{wanted}"
+            f"{wanted} tensor parallel ranks: this machine has {_list(gpus)}; ask for fewer, or for CPU ranks with "
+            f"devices cpu:{wanted}"
         )
     return tuple(gpus[:wanted])
 
 
 def _requested(requests: tuple[DeviceRequest, ...], tensor_parallel_size: int | None) -> tuple[Device, ...]:
     if tensor_parallel_size is not None and tensor_parallel_size != len(requests):
-        raise InputError(f"--tp {tensor_parallel_size} and {len(requests)} devices contradict each other; give one")
+        raise InputError(
+            f"{tensor_parallel_size} tensor parallel ranks and {len(requests)} devices contradict each other; give one"
+        )
     kinds = {request.kind for request in requests}
     if len(kinds) > 1:
-        raise InputError("--devices: all ranks must be of one kind: GPUs, CPU ranks, or (for plan) sizes")
+        raise InputError("devices: all ranks must be of one kind: GPUs, CPU ranks, or (for plan) sizes")
     if len(requests) > MAX_RANKS:
-        raise InputError(f"--devices: {len(requests)} ranks; at most {MAX_RANKS} are possible")
+        raise InputError(f"devices: {len(requests)} ranks; at most {MAX_RANKS} are possible")
     if kinds == {"cpu"}:
         return _cpu_ranks(requests)
     if kinds == {"cuda"}:
@@ -75,7 +77,7 @@ def _cuda_ranks(requests: Sequence[DeviceRequest]) -> tuple[Device, ...]:
     for request in requests:
         gpu = gpus.get(request.index)
         if gpu is None:
-            raise InputError(f"--devices: {request.name} does not exist; this machine has {_list(list(gpus.values()))}")
+            raise InputError(f"devices: {request.name} does not exist; this machine has {_list(list(gpus.values()))}")
         capacity = gpu.capacity_bytes if request.cap_bytes is None else min(request.cap_bytes, gpu.capacity_bytes)
         found.append(Device(gpu.name, "cuda", gpu.index, capacity, gpu.total_bytes, gpu.description, gpu.uuid))
     return tuple(found)
