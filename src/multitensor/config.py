@@ -112,6 +112,7 @@ class EngineConfig:
     API key (else the time to the first token tells whether somebody sent the same beginning); "off".
     p2p: whether GPUs may use each other's memory. None: where a probe finds that it works; True: it has to work; False:
     never, nor may NCCL.
+    overlap: steps of many tokens are cut in two, so that sums over GPUs travel while products are computed.
     """
 
     model: str
@@ -123,3 +124,4 @@ class EngineConfig:
     block_size: int
     prefix_cache: Literal["shared", "key", "off"] = "shared"
     p2p: bool | None = None
+    overlap: bool = False

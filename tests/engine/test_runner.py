@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from late_sums import LateSums
 from model_harness import BLOCK, CPU, cpu_plan, logits_in_steps, on_ranks, random_prompts, shuffled_tables
+from multitensor.architectures.registry import resolve
 from multitensor.config import EngineConfig
 from multitensor.engine import runner as runner_module
 from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
@@ -192,3 +195,36 @@ def test_closing_drops_weights_and_caches(model_path: Path) -> None:
     assert runner.memory()["weights_bytes"] == 0 and runner.memory()["kv_bytes"] == 0
     with pytest.raises(RuntimeError, match="not loaded"):
         _ = runner.decoder
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_long_steps_are_cut_where_it_is_asked_for(model_path: Path, overlap: bool) -> None:
+    """A prompt of 1,100 tokens beside a decode, over ranks whose sums can travel by themselves."""
+    checkpoint = open_checkpoint(model_path)
+    ids, other = random_prompts(VOCAB, [1100, 5])
+    setups = tuple(replace(GREEDY, slot=slot) for slot in (0, 1))
+
+    def run(group: Group, ratio: Sequence[float]) -> tuple[list[list[int]], dict[str, Any]]:
+        plan = replace(cpu_plan(checkpoint, ratio, context=1200, kv_tokens=2048), max_batch_tokens=2048)
+        config = EngineConfig(str(checkpoint.path), "float32", True, 0, 8, 2048, BLOCK, overlap=overlap)
+        runner = ModelRunner(checkpoint, plan, group.rank, config, group, CPU)
+        runner.load()
+        tables = shuffled_tables([1102, 8], plan.kv_tokens // BLOCK)
+        steps = [
+            make_step(0, [1], [other], [0], tables[1:], setups=setups[1:]),
+            make_step(1, [0, 1], [ids, [-1]], [0, 5], tables, setups=setups[:1]),
+            make_step(2, [0, 1], [[-1], [-1]], [1100, 6], tables),
+        ]
+        return [runner.step(step).token_ids.tolist() for step in steps], runner.reductions()
+
+    def over_two(group: Group) -> tuple[list[list[int]], dict[str, Any], list[str]]:
+        late = LateSums(group)
+        return *run(late, (2.0, 1.0)), late.log
+
+    wanted, alone = on_ranks(1, lambda group: run(group, (1.0,)))[0]
+    assert alone["overlapped_from"] is None
+    for found, told, log in on_ranks(2, over_two):
+        assert found == wanted
+        assert told["overlapped_from"] == (1024 if overlap else None)
+        sums = 2 * len(resolve(checkpoint).layers)
+        assert log.count("start") == log.count("wait") == (2 * sums if overlap else 0)  # of the second step alone

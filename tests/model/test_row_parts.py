@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
-from late_sums import LateSums
 from rank_fakes import run_forked
 from tiny_models import MODELS
 
+from late_sums import LateSums
 from model_harness import BLOCK, CPU, RankModel, cpu_plan, on_ranks, random_prompts, relative_error, shuffled_tables
 from multitensor.formats.checkpoint import open_checkpoint
 from multitensor.kernels.dispatch import make_kernels

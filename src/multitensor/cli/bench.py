@@ -99,6 +99,7 @@ def command(
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
+    overlap: options.Overlap = False,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode of MODEL, warm, as medians, and how near decoding comes to the memory's speed.
@@ -126,6 +127,7 @@ def command(
                 dtype=dtype,
                 kv_type=kv_type,
                 p2p=p2p,
+                overlap=overlap,
                 max_num_seqs=max(batches),
                 # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.
                 prefix_cache="shared" if depth else "off",
@@ -288,6 +290,8 @@ def _print_reductions(console: Console, reductions: dict[str, Any]) -> None:
     if reductions["why"] or reductions["microseconds"]:
         why = f": {reductions['why']}" if reductions["why"] else ""
         console.print(f"small sums take {reductions['small']}{why}")
+    if reductions["overlapped_from"]:
+        console.print(f"sums of {reductions['overlapped_from']} tokens and more travel while products are computed")
 
 
 def _percent(value: float | None) -> str:

@@ -46,4 +46,11 @@ P2p = Annotated[
         show_default=False,
     ),
 ]
+Overlap = Annotated[
+    bool,
+    typer.Option(
+        "--overlap",
+        help="Several GPUs: sums over them travel while a long prompt's products are computed. Not yet measured.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

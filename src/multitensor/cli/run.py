@@ -48,6 +48,7 @@ def command(
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
+    overlap: options.Overlap = False,
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest that sum to p.")] = 0.95,
@@ -81,6 +82,7 @@ def command(
             dtype=dtype,
             kv_type=kv_type,
             p2p=p2p,
+            overlap=overlap,
             seed=seed,
         )
     with llm:

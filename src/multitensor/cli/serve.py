@@ -57,6 +57,7 @@ def command(
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
+    overlap: options.Overlap = False,
     seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
     prefix_cache: Annotated[
         PrefixCache,
@@ -123,6 +124,7 @@ def command(
         dtype=dtype,
         kv_type=kv_type,
         p2p=p2p,
+        overlap=overlap,
         seed=seed,
         prefix_cache=prefix_cache.value,
     )

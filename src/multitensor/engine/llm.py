@@ -54,6 +54,7 @@ class LLM:
     dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16", "q8", "q4".
     seed: of requests that have none of their own.
     p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
+    overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """
@@ -70,6 +71,7 @@ class LLM:
         kv_type: str | None = None,
         seed: int = 0,
         p2p: bool | None = None,
+        overlap: bool = False,
         tensor_parallel: int | None = None,
         context: int | None = None,
     ) -> None:
@@ -86,6 +88,7 @@ class LLM:
             kv_type=kv_type,
             seed=seed,
             p2p=p2p,
+            overlap=overlap,
         )
 
     @classmethod
@@ -209,7 +212,8 @@ class LLM:
     def reductions(self) -> dict[str, Any]:
         """How sums over ranks travel. "small": those of a decode step, over peer memory or through NCCL, "none" with
         one rank; "why": why not over peer memory, or None; "warning": what of it is worth one, or None; "microseconds":
-        what both took when the ranks started."""
+        what both took when the ranks started; "overlapped_from": tokens of a step from which its sums travel while
+        products are computed, None where they never do."""
         with self._exclusive() as engine:
             return engine.call("reductions")[0]
 

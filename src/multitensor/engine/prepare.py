@@ -48,6 +48,7 @@ def prepare(
     allow_planned_devices: bool = False,
     prefix_cache: Literal["shared", "key", "off"] = "shared",
     p2p: bool | None = None,
+    overlap: bool = False,
 ) -> Prepared:
     """Opens the model's headers and plans it; reads no weight.
 
@@ -55,7 +56,7 @@ def prepare(
     "3,1", numbers, or a mapping from kind to numbers. max_model_len: context in tokens. dtype "float32" given
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
     prefix_cache: which requests reuse what was computed of a common beginning; p2p: whether GPUs may use each other's
-    memory; both as in EngineConfig.
+    memory; overlap: whether sums over GPUs travel while products are computed; as in EngineConfig.
     Raises InputError and DoesNotFit in one line.
     """
     if not isinstance(model, (str, Path)) or not str(model):
@@ -99,6 +100,7 @@ def prepare(
         block_size=block_size,
         prefix_cache=prefix_cache,
         p2p=p2p,
+        overlap=overlap,
     )
     return Prepared(checkpoint, spec, plan, config)
 

@@ -24,6 +24,7 @@ from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder
 from multitensor.model.linear import joint_matrices
+from multitensor.model.row_cuts import OVERLAP_TOKENS, row_cut, uncut
 from multitensor.parallel.group import Group
 from multitensor.sharding.memory import host_memory_bytes, peer_memory_bytes
 from multitensor.sharding.plan import Plan
@@ -128,7 +129,9 @@ class ModelRunner:
         self.weights = load_rank(self.checkpoint, self.plan, self.rank, self.device, progress, adopt)
         self.kernels.join(self.weights, joint_matrices(self.plan.spec.n_layers))
         stages.end("weights")
-        self._decoder = Decoder(self.plan, self.rank, self.weights, self.kernels, self.group, self.dtype, self.device)
+        cut = row_cut(self.group, wanted=self.config.overlap)
+        parts = self.plan, self.rank, self.weights, self.kernels, self.group
+        self._decoder = Decoder(*parts, self.dtype, self.device, cut)
         shape = (
             self.plan.kv_tokens // self.plan.block_size,
             self.plan.block_size,
@@ -326,8 +329,10 @@ class ModelRunner:
         return {**measure(self, batches), "load_stages": self.load_stages}
 
     def reductions(self) -> dict[str, Any]:
-        """How this rank's sums over ranks travel, and what was measured to choose it: as Group.describe_reductions."""
-        return self.group.describe_reductions()
+        """How this rank's sums over ranks travel, and what was measured to choose it: as Group.describe_reductions, and
+        "overlapped_from", the tokens of a step from which they travel while products are computed, or None."""
+        overlapped_from = None if self.decoder.cut_rows is uncut else OVERLAP_TOKENS
+        return {**self.group.describe_reductions(), "overlapped_from": overlapped_from}
 
     def verify(self, prompts: list[list[int]], **options: Any) -> dict[str, Any]:
         """The split model against the whole one; see engine/verify.py. Collective; every rank returns the result."""
