@@ -1,8 +1,11 @@
 """Ranks that sum and gather through each other's memory, in a process that may be lost: run by test_peer_kernels.py.
 
-    peer_ranks.py together RANKS      all ranks on one GPU, each with a stream and buffers of its own
-    peer_ranks.py alone               one rank of two, whose peer never comes: has to end with an error
-    peer_ranks.py rank R SIZE STORE   rank R of SIZE, a GPU each, through the real group
+    peer_ranks.py together RANKS [mailbox]      all ranks on one GPU, each with a stream and buffers of its own
+    peer_ranks.py alone                         one rank of two, whose peer never comes: has to end with an error
+    peer_ranks.py lonely                        the same with mailboxes, on trial: has to give up and say so
+    peer_ranks.py rank R SIZE STORE [mailbox]   rank R of SIZE, a GPU each, through the real group
+
+mailbox: as through the host's memory; together, the mailboxes lie on the GPU.
 
 Prints one line of JSON: {"errors": {what: largest}, "wrong": [...], "digest": of all results, ...}.
 """
@@ -22,7 +25,8 @@ os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # streams that share a queue w
 import torch
 
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
-from multitensor.parallel.peer_memory import NOTHING, PeerMemory
+from multitensor.parallel.peer_memory import PeerMemory
+from multitensor.parallel.rank_memory import NOTHING, RankMemory
 
 EPS = 1e-5
 LIMIT_MS = 5000
@@ -34,16 +38,16 @@ TOKENS = (1, 1, 2, 3, 4, 7, 8, 16, 33, 64)
 class Rank:
     """One rank's end: its memory, its kernels by blocks a token, its stream."""
 
-    def __init__(self, memory: PeerMemory, hidden: int, tokens: int, sizes: tuple[int, ...]) -> None:
-        device = memory.local.device
+    def __init__(self, memory: RankMemory, hidden: int, tokens: int, sizes: tuple[int, ...], mailbox: bool) -> None:
+        device = memory.device
         self.number, self.stream = memory.rank, torch.cuda.Stream(device)
-        place = memory.table(memory.carve(PeerReduction.nbytes(memory.size, hidden, tokens)))
-        whole = PeerReduction(place, memory.rank, hidden, tokens)
+        place = memory.table(memory.carve(PeerReduction.nbytes(memory.size, hidden, tokens, mailbox=mailbox)))
+        whole = PeerReduction(place, memory.rank, hidden, tokens, mailbox=mailbox)
         whole.limit_ms = LIMIT_MS
         many = (2, 4, 8) if torch.cuda.get_device_capability(device) >= (9, 0) else ()
         self.reductions = [whole, *(whole.split(parts) for parts in many)]
-        place = memory.table(memory.carve(PeerGather.nbytes(sum(sizes), 8)))
-        self.gather = PeerGather(place, memory.rank, sizes, 8)
+        place = memory.table(memory.carve(PeerGather.nbytes(sizes, 8, mailbox=mailbox)))
+        self.gather = PeerGather(place, memory.rank, sizes, 8, mailbox=mailbox)
         self.gather.limit_ms = LIMIT_MS
 
 
@@ -57,20 +61,22 @@ def load_everything(ranks: list[Rank]) -> None:
             own._programs = shared._programs
     model, gather = first.reductions[0], first.gather
     size, hidden, tokens, device = model.ranks, model.hidden, model.tokens, model.device
-    nbytes = max(PeerReduction.nbytes(size, hidden, tokens), PeerGather.nbytes(gather.columns, 1))
+    mailbox = model.mailbox
+    sums = PeerReduction.nbytes(size, hidden, tokens, mailbox=mailbox)
+    nbytes = max(sums, PeerGather.nbytes(gather.sizes, 1, mailbox=mailbox))
     for dtype in DTYPES:
         for partial in {dtype, torch.float32}:
             for reduction in first.reductions:
                 words = torch.zeros(nbytes // 4, device=device)
                 places = torch.tensor([words.data_ptr()] * size).to(device)
-                lone = PeerReduction(places, 0, hidden, tokens, parts=reduction.parts)
+                lone = PeerReduction(places, 0, hidden, tokens, parts=reduction.parts, mailbox=mailbox)
                 lone._programs, lone.limit_ms = reduction._programs, LIMIT_MS
                 x, weight = torch.zeros(1, hidden, device=device), torch.zeros(hidden, device=device)
                 part, out = torch.zeros_like(x, dtype=partial), torch.zeros_like(x, dtype=dtype)
                 lone.reduce_add_norm(part, x, weight, EPS, out, post_weight=weight)
                 torch.cuda.synchronize()
     words = torch.zeros(nbytes // 4, device=device)
-    lonely = PeerGather(torch.tensor([words.data_ptr()] * size).to(device), 0, gather.sizes, 1)
+    lonely = PeerGather(torch.tensor([words.data_ptr()] * size).to(device), 0, gather.sizes, 1, mailbox=mailbox)
     lonely._kernel, lonely.limit_ms = gather._kernel, LIMIT_MS
     lonely.gather(torch.zeros(1, gather.sizes[0], device=device), torch.zeros(1, gather.columns, device=device))
     torch.cuda.synchronize()
@@ -240,29 +246,31 @@ def replayed(ranks: list[Rank], size: int, most: int, replays: int, report: Repo
             case.check(report)
 
 
-def together(size: int) -> dict[str, Any]:
+def together(size: int, mailbox: bool) -> dict[str, Any]:
     device = torch.device("cuda:0")
     torch.cuda.set_device(device)
     report = Report()
     for hidden, most in ((576, 8), (8192, 8)):
         sizes = (*(700 + 131 * r for r in range(size - 1)), 1)
-        nbytes = PeerReduction.nbytes(size, hidden, 8) + PeerGather.nbytes(sum(sizes), 8) + 1024
+        nbytes = PeerReduction.nbytes(size, hidden, 8) + PeerGather.nbytes(sizes, 8) + 1024
+        nbytes += PeerGather.nbytes(sizes, 8, mailbox=True)
         buffers = [torch.full((nbytes // 4,), NOTHING, dtype=torch.int32, device=device) for _ in range(size)]
         addresses = tuple(buffer.data_ptr() for buffer in buffers)
         memories = [PeerMemory(r, buffers[r].view(torch.uint8), addresses) for r in range(size)]
-        ranks = [Rank(memory, hidden, 8, sizes) for memory in memories]
+        ranks = [Rank(memory, hidden, 8, sizes, mailbox) for memory in memories]
         load_everything(ranks)
         many(ranks, size, most, 300, report)
         replayed(ranks, size, most, 20, report)
     return vars(report)
 
 
-def alone() -> dict[str, Any]:
+def alone(mailbox: bool) -> dict[str, Any]:
+    """A launch whose peer never comes, within half a second; with mailboxes it is a trial, which only gives up."""
     device = torch.device("cuda:0")
     buffers = [torch.full((1 << 20,), NOTHING, dtype=torch.int32, device=device) for _ in range(2)]
     addresses = tuple(buffer.data_ptr() for buffer in buffers)
-    rank = Rank(PeerMemory(0, buffers[0].view(torch.uint8), addresses), 576, 8, (64, 64))
-    rank.reductions[0].limit_ms = 500
+    rank = Rank(PeerMemory(0, buffers[0].view(torch.uint8), addresses), 576, 8, (64, 64), mailbox)
+    rank.reductions[0].limit_ms = -500 if mailbox else 500
     case = Sum(2, [rank], 2, 1)
     case.way = 0
     torch.cuda.synchronize()
@@ -272,26 +280,28 @@ def alone() -> dict[str, Any]:
         torch.cuda.synchronize()
     except RuntimeError as error:
         return {"seconds": time.monotonic() - began, "error": str(error).splitlines()[0]}
-    return {"seconds": time.monotonic() - began, "error": None}
+    return {"seconds": time.monotonic() - began, "error": None, "given_up": rank.reductions[0].given_up}
 
 
-def one_of(rank: int, size: int, store: str) -> dict[str, Any]:
+def one_of(rank: int, size: int, store: str, mailbox: bool) -> dict[str, Any]:
     from multitensor.kernels.dispatch import make_kernels
     from multitensor.parallel.torch_group import make_torch_group
 
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     began = time.monotonic()
-    group = make_torch_group(rank, size, device, store)
+    group = make_torch_group(rank, size, device, store, p2p=False if mailbox else None)
     group.kernels = make_kernels(device, exact=False)
     made = time.monotonic()
     group.open_peer_memory(192 << 20)
-    times = {"group": made - began, "peer memory": time.monotonic() - made}
+    group.open_host_memory(128 << 20)
+    times = {"group": made - began, "memory": time.monotonic() - made}
     report = Report()
-    if group.peer_memory is None:
-        return {"why": group.no_peer_memory, "times": times}
+    memory = group.host_memory if mailbox else group.peer_memory
+    if memory is None:
+        return {"why": group.no_host_memory if mailbox else group.no_peer_memory, "times": times}
     hidden, sizes = 8192, (64128, 64127, *[1] * (size - 2))
-    ranks = [Rank(group.peer_memory, hidden, 64, sizes)]
+    ranks = [Rank(memory, hidden, 64, sizes, mailbox)]
     load_everything(ranks)
     group.barrier()
     many(ranks, size, 64, 1000, report)
@@ -312,11 +322,11 @@ def one_of(rank: int, size: int, store: str) -> dict[str, Any]:
 if __name__ == "__main__":
     with torch.inference_mode():
         if sys.argv[1] == "together":
-            result = together(int(sys.argv[2]))
-        elif sys.argv[1] == "alone":
-            result = alone()
+            result = together(int(sys.argv[2]), "mailbox" in sys.argv)
+        elif sys.argv[1] in ("alone", "lonely"):
+            result = alone(sys.argv[1] == "lonely")
         else:
-            result = one_of(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+            result = one_of(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], "mailbox" in sys.argv)
     if "hash" in result:
         result["digest"] = result.pop("hash").hexdigest()
     sys.stdout.write(json.dumps(result) + "\n")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,20 @@ from rank_fakes import run_forked
 
 from multitensor.engine.prepare import prepare
 from multitensor.errors import InputError
+from multitensor.kernels.cuda.layer import places_bytes
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.parallel.group import SingleGroup
 from multitensor.parallel.local_group import LocalGroup
-from multitensor.parallel.peer_reductions import TRIALS, Timing, decide
+from multitensor.parallel.peer_reductions import TRIALS, Timing, _first_reason, _wrong_sum, decide
 from multitensor.parallel.torch_group import make_torch_group
-from multitensor.sharding.memory import PEER_GATHER_TOKENS, PEER_TOKENS, peer_memory_bytes
+from multitensor.sharding.memory import (
+    HOST_CHUNK_BYTES,
+    HOST_SLOTS,
+    PEER_GATHER_TOKENS,
+    PEER_TOKENS,
+    host_memory_bytes,
+    peer_memory_bytes,
+)
 from synthetic import write_gguf
 
 CPU = torch.device("cpu")
@@ -56,10 +66,64 @@ def test_the_buffer_that_is_planned_holds_what_is_carved(tmp_path: Path, devices
     path = write_gguf(tmp_path / "tiny.gguf", types="Q8_0", hidden=64, n_heads=4, n_kv_heads=2, vocab=320)
     plan = prepare(path, devices=devices, allow_planned_devices=True).plan
     sums = PeerReduction.nbytes(plan.size, plan.spec.hidden_size, PEER_TOKENS)
-    logits = PeerGather.nbytes(plan.spec.vocab_size, PEER_GATHER_TOKENS)
+    vocabulary = [rank.vocabulary.size for rank in plan.ranks]
+    logits = PeerGather.nbytes(vocabulary, PEER_GATHER_TOKENS)
     assert peer_memory_bytes(plan) >= 2 * sums + logits + 4 * 256
-    assert peer_memory_bytes(prepare(path, devices="cpu:2").plan) == 0
-    assert peer_memory_bytes(prepare(path, devices="24GiB", allow_planned_devices=True).plan) == 0
+    sums = PeerReduction.nbytes(plan.size, plan.spec.hidden_size, PEER_TOKENS, mailbox=True)
+    logits = PeerGather.nbytes(vocabulary, PEER_GATHER_TOKENS, mailbox=True)
+    layers = sum(places_bytes(plan.spec.hidden_size, tokens, plan.size) for tokens in (1, 2))
+    chunks = 2 * HOST_SLOTS * HOST_CHUNK_BYTES
+    assert host_memory_bytes(plan) >= sums + layers + logits + chunks + 8 * 256
+    for other in (prepare(path, devices="cpu:2"), prepare(path, devices="24GiB", allow_planned_devices=True)):
+        assert peer_memory_bytes(other.plan) == host_memory_bytes(other.plan) == 0
+
+
+class Variant:
+    """Stands for a PeerReduction on the CPU, which gets every rank's part by another way."""
+
+    def __init__(self, group: LocalGroup, fault: str) -> None:
+        self.group, self.fault = group, fault
+        self.hidden, self.device, self.given_up = 64, CPU, 7 if fault == "late" and group.rank == 1 else 0
+
+    def reduce_add_norm(
+        self, own: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor
+    ) -> None:
+        parts = list(self.group.all_gather_last(own, [64] * self.group.size).split(64, dim=1))
+        if self.fault == "order":
+            parts.reverse()
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        if self.fault == "one value" and self.group.rank == 2:
+            total[0, 5] += 0.01
+        residual += total
+        out.copy_(residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps))
+        if self.fault == "norm":
+            out *= 1.1
+
+
+@pytest.mark.parametrize(
+    ("fault", "wanted"),
+    [
+        ("", None),
+        ("order", "through host memory rank 0 got a wrong sum of 2 rows"),
+        ("one value", "through host memory rank 2 got a wrong sum of 2 rows"),
+        ("norm", "through host memory rank 0 got a wrong sum of 2 rows"),
+        ("late", "through host memory rank 1 got no answer within 5 s"),
+    ],
+)
+def test_a_way_that_sums_wrongly_is_found_out_by_all_ranks(fault: str, wanted: str | None) -> None:
+    def one(group: LocalGroup) -> str | None:
+        variant: Any = Variant(group, fault)
+        return _first_reason(group, lambda: _wrong_sum(group, variant, 0, 2, torch.float16))
+
+    assert run_ranks(3, one) == [wanted] * 3
+
+
+def run_ranks(size: int, work: Callable[[LocalGroup], Any]) -> list[Any]:
+    """work(group) in a thread a rank."""
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, LocalGroup.make(size)))
 
 
 def gloo(p2p: bool | None) -> list[Any]:

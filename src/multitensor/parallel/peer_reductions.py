@@ -1,21 +1,25 @@
 """Which way a small sum over GPU ranks takes, decided by timing both when the ranks start.
 
-NCCL moves the sum and a second kernel adds and normalises; over peer memory one launch does everything (kernels/cuda/
-reduce.cu), where GPUs reach each other's memory and few tokens make the traffic small. Neither is always the faster.
+NCCL moves the sum and a second kernel adds and normalises; over peer memory, or through mailboxes in the host's memory
+where GPUs do not reach each other's, one launch does everything (kernels/cuda/reduce.cu), where few tokens make the
+traffic small. Neither is always the faster. Mailboxes have not yet run on a GPU: they are used only when their sums
+have also come out right, bit for bit, on these GPUs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from multitensor.errors import DoesNotFit
-from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
-from multitensor.parallel.peer_memory import PeerMemory
+from multitensor.kernels.cuda.reduce import PATIENCE_SECONDS, PeerGather, PeerReduction
+from multitensor.parallel.host_memory import HostMemory
+from multitensor.parallel.rank_memory import RankMemory
 from multitensor.sharding.memory import PEER_GATHER_TOKENS, PEER_TOKENS
 
 if TYPE_CHECKING:
@@ -24,12 +28,13 @@ if TYPE_CHECKING:
 TRIALS = (1, 8, PEER_TOKENS)  # numbers of tokens that are timed; others go as the next larger one
 _CALLS = 20
 _REPLAYS = 5
+_TRIAL_MS = 5000  # for a sum that is only tried: after that the way is given up, not the process
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one sum with its norm, `tokens` rows: through NCCL, and over peer memory by blocks a token; each of
-    the slowest rank."""
+    """Seconds of one sum with its norm, `tokens` rows: through NCCL, and over shared memory by blocks a token; each
+    of the slowest rank."""
 
     tokens: int
     nccl: float
@@ -37,13 +42,13 @@ class Timing:
 
     @property
     def parts(self) -> int | None:
-        """Blocks a token of the fastest way over peer memory; None where NCCL is faster."""
+        """Blocks a token of the fastest way over shared memory; None where NCCL is faster."""
         best = min(self.peer, key=lambda parts: self.peer[parts], default=None)
         return best if best is not None and self.peer[best] < self.nccl else None
 
 
 def decide(timings: Sequence[Timing]) -> list[tuple[int, int]]:
-    """(most tokens, blocks a token) of the sums that take peer memory, ascending; above the last, NCCL."""
+    """(most tokens, blocks a token) of the sums that take shared memory, ascending; above the last, NCCL."""
     chosen: list[tuple[int, int]] = []
     for timing in sorted(timings, key=lambda timing: timing.tokens):
         if timing.parts is None:
@@ -53,30 +58,69 @@ def decide(timings: Sequence[Timing]) -> list[tuple[int, int]]:
 
 
 class PeerReductions:
-    """What a group does over peer memory: nothing, until `choose` has found where that pays. Collective throughout.
+    """What a group does over peer memory or mailboxes: nothing, until `choose` has found where that pays. Collective
+    throughout.
 
-    hidden: columns of the sums. vocabulary: columns of every rank's logits.
+    hidden: columns of the sums. vocabulary: columns of every rank's logits. clusters: whether all GPUs have them.
     """
 
-    def __init__(self, memory: PeerMemory, hidden: int, vocabulary: Sequence[int]) -> None:
+    def __init__(self, memory: RankMemory, hidden: int, vocabulary: Sequence[int], clusters: bool) -> None:
         """Raises DoesNotFit or ValueError where the shapes are not for it."""
-        wanted = PeerReduction.nbytes(memory.size, hidden, PEER_TOKENS)
-        first = PeerReduction(memory.table(memory.carve(wanted)), memory.rank, hidden, PEER_TOKENS)
-        capability = torch.cuda.get_device_capability(memory.local.device)
-        clusters = (4,) if capability >= (9, 0) and hidden >= 1024 else ()
-        self._variants = {1: first} | {parts: first.split(parts) for parts in clusters}
+        self.memory = memory
+        self._mailbox = mailbox = isinstance(memory, HostMemory)
+        wanted = PeerReduction.nbytes(memory.size, hidden, PEER_TOKENS, mailbox=mailbox)
+        place = memory.table(memory.carve(wanted))
+        first = PeerReduction(place, memory.rank, hidden, PEER_TOKENS, mailbox=mailbox)
+        self._variants = {1: first, 4: first.split(4)} if clusters and hidden >= 1024 else {1: first}
         self._chosen: list[tuple[int, PeerReduction]] = []
         self._gather: PeerGather | None = None
-        columns = sum(vocabulary)
-        if min(vocabulary) >= 0 and memory.free > PeerGather.nbytes(columns, PEER_GATHER_TOKENS) + 256:
-            place = memory.table(memory.carve(PeerGather.nbytes(columns, PEER_GATHER_TOKENS)))
-            self._gather = PeerGather(place, memory.rank, vocabulary, PEER_GATHER_TOKENS)
+        self._wrong: str | None = None
+        wanted = PeerGather.nbytes(vocabulary, PEER_GATHER_TOKENS, mailbox=mailbox)
+        if min(vocabulary) >= (1 if mailbox else 0) and memory.free > wanted + 256:
+            place = memory.table(memory.carve(wanted))
+            self._gather = PeerGather(place, memory.rank, vocabulary, PEER_GATHER_TOKENS, mailbox=mailbox)
         self.timings: list[Timing] = []
 
     def choose(self, group: Group, dtype: torch.dtype) -> None:
         """Times both ways, the hidden states being `dtype`, and keeps to what is faster on the slowest rank."""
-        self.timings = [self._time(group, tokens, dtype) for tokens in TRIALS]
-        self._chosen = [(tokens, self._variants[parts]) for tokens, parts in decide(self.timings)]
+        self._wrong = self._tried(group, dtype) if self._mailbox else None
+        if self._wrong is None:
+            self.timings = [self._time(group, tokens, dtype) for tokens in TRIALS]
+            self._chosen = [(tokens, self._variants[parts]) for tokens, parts in decide(self.timings)]
+        if self._mailbox and self._chosen and self._gather is not None and not self._gather_pays(group, self._gather):
+            self._gather = None
+
+    def _gather_pays(self, group: Group, gather: PeerGather) -> bool:
+        """Whether one row's gather is faster than NCCL's on the slowest rank."""
+        local = torch.zeros(1, gather.sizes[gather.rank], device=gather.device)
+        out = torch.empty(1, gather.columns, device=gather.device)
+        by_nccl = _seconds(group, lambda: group.all_gather_last(local, gather.sizes), gather.device)
+        by_gather = _seconds(group, lambda: gather.gather(local, out), gather.device)
+        everyone: list[Any] = group.gather_objects((by_nccl, by_gather))
+        return max(own for _, own in everyone) < max(nccl for nccl, _ in everyone)
+
+    def _tried(self, group: Group, dtype: torch.dtype) -> str | None:
+        """Whether sums and gathers come out right, and within a time: None, or which rank found what wrong. Before
+        anything is chosen, so that the group itself goes through NCCL."""
+        trials = [
+            partial(_wrong_sum, group, variant, number, tokens, dtype)
+            for variant in self._variants.values()
+            for number, tokens in enumerate((1, 2, PEER_TOKENS, 1, 1))
+        ]
+        parts: list[PeerReduction | PeerGather] = list(self._variants.values())
+        if self._gather is not None:
+            parts.append(self._gather)
+            trials += [
+                partial(_wrong_gather, group, self._gather, tokens) for tokens in (1, PEER_GATHER_TOKENS, 1, 1, 1)
+            ]
+        for part in parts:
+            part.limit_ms = -_TRIAL_MS
+        reason = _first_reason(group, lambda: _wrong_build(self._variants.values(), dtype))
+        for trial in trials:
+            reason = reason or _first_reason(group, trial)  # the same on all ranks, so all stop at the same trial
+        for part in parts:
+            part.limit_ms = int(1000 * PATIENCE_SECONDS)
+        return reason
 
     def reduction(self, partial: torch.Tensor, residual: torch.Tensor) -> PeerReduction | None:
         """What sums such a partial result; None: NCCL."""
@@ -95,27 +139,28 @@ class PeerReductions:
 
     def describe(self, other: str) -> dict[str, Any]:
         """As Group.describe_reductions; other: the name of the other way."""
-        times = {t.tokens: {other: t.nccl} | {f"peer memory x {p}": s for p, s in t.peer.items()} for t in self.timings}
+        name = self.memory.name
+        times = {t.tokens: {other: t.nccl} | {f"{name} x {p}": s for p, s in t.peer.items()} for t in self.timings}
         rounded = {tokens: {way: round(1e6 * s, 2) for way, s in ways.items()} for tokens, ways in times.items()}
-        small = f"peer memory up to {self._chosen[-1][0]} rows" if self._chosen else other
-        why = None if self._chosen else f"{other} is faster here"
+        small = f"{name} up to {self._chosen[-1][0]} rows" if self._chosen else other
+        why = None if self._chosen else self._wrong or f"{other} is faster here"
         return {"small": small, "why": why, "warning": None, "microseconds": rounded}
 
     def _time(self, group: Group, tokens: int, dtype: torch.dtype) -> Timing:
         device, hidden = self._variants[1].device, self._variants[1].hidden
-        partial = torch.zeros(tokens, hidden, device=device)
-        residual, out = torch.zeros_like(partial), torch.zeros_like(partial, dtype=dtype)
+        part = torch.zeros(tokens, hidden, device=device)
+        residual, out = torch.zeros_like(part), torch.zeros_like(part, dtype=dtype)
         weight = torch.ones(hidden, device=device)
 
         def by_nccl() -> None:
-            total = group.all_reduce(partial)
+            total = group.all_reduce(part)
             group.kernels.decode_kernels.add_rms_norm(residual, total, weight, 1e-5, out)
 
         seconds = [_seconds(group, by_nccl, device)]
         for variant in self._variants.values():
 
             def over_peers(variant: PeerReduction = variant) -> None:
-                variant.reduce_add_norm(partial, residual, weight, 1e-5, out)
+                variant.reduce_add_norm(part, residual, weight, 1e-5, out)
 
             seconds.append(_seconds(group, over_peers, device))
         everyone: list[Any] = group.gather_objects(seconds)
@@ -123,7 +168,57 @@ class PeerReductions:
         return Timing(tokens, nccl, dict(zip(self._variants, peer, strict=True)))
 
 
-def _seconds(group: Group, work: Callable[[], None], device: torch.device) -> float:
+def _first_reason(group: Group, trial: Callable[[], str | None]) -> str | None:
+    """What the first rank found wrong; None where all is well."""
+    for rank, reason in enumerate(group.gather_objects(trial())):
+        if reason is not None:
+            return f"through host memory rank {rank} got {reason}"
+    return None
+
+
+def _wrong_build(variants: Iterable[PeerReduction], dtype: torch.dtype) -> str | None:
+    """Before ranks wait for each other."""
+    try:
+        for variant in variants:
+            variant.prepare(dtype, torch.float32)
+    except Exception as error:  # of whatever kind the compiler's are
+        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return None
+
+
+def _wrong_sum(group: Group, variant: PeerReduction, number: int, tokens: int, dtype: torch.dtype) -> str | None:
+    """What is wrong with a sum of random numbers, of which NCCL brings every rank's."""
+    shape, device = (tokens, variant.hidden), variant.device
+    random = torch.Generator().manual_seed(1000 * number + tokens)
+    residual, every = torch.randn(shape, generator=random), torch.randn(group.size, *shape, generator=random)
+    residual, own = residual.to(device), every[group.rank].to(device)
+    parts = group.all_gather_last(own, [variant.hidden] * group.size).split(variant.hidden, dim=1)
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    wanted, out = residual + total, torch.empty(shape, dtype=dtype, device=device)
+    variant.reduce_add_norm(own, residual, torch.ones(variant.hidden, device=device), 1e-5, out)
+    norm = wanted * torch.rsqrt(wanted.square().mean(dim=-1, keepdim=True) + 1e-5)
+    if variant.given_up:
+        return f"no answer within {_TRIAL_MS / 1000:g} s"
+    if not torch.equal(residual, wanted) or not torch.allclose(out.float(), norm, rtol=1e-2, atol=1e-2):
+        return f"a wrong sum of {tokens} rows"
+    return None
+
+
+def _wrong_gather(group: Group, gather: PeerGather, tokens: int) -> str | None:
+    """As _wrong_sum, of a gather."""
+    random = torch.Generator().manual_seed(gather.rank)
+    local = torch.randn(tokens, gather.sizes[gather.rank], generator=random).to(gather.device)
+    wanted = group.all_gather_last(local, gather.sizes)
+    out = torch.empty_like(wanted)
+    gather.gather(local, out)
+    if gather.given_up:
+        return f"no answer within {_TRIAL_MS / 1000:g} s"
+    return None if torch.equal(out, wanted) else f"a wrong gather of {tokens} rows"
+
+
+def _seconds(group: Group, work: Callable[[], object], device: torch.device) -> float:
     """Of one call among many in a CUDA graph, as in a decode step; of the fastest replay."""
     work()
     torch.cuda.synchronize(device)
@@ -145,11 +240,13 @@ def _seconds(group: Group, work: Callable[[], None], device: torch.device) -> fl
 def make_peer_reductions(
     group: Group, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype
 ) -> PeerReductions | str:
-    """Collective: a group's reductions over its peer memory, timed; or why there are none."""
-    if group.peer_memory is None:
+    """Collective: a group's reductions over its peer memory, or the host's, timed; or why there are none."""
+    memory = group.peer_memory or group.host_memory
+    if memory is None:
         return group.no_peer_memory
     try:
-        made = PeerReductions(group.peer_memory, hidden, vocabulary)
+        capabilities: list[Any] = group.gather_objects(torch.cuda.get_device_capability(memory.device))
+        made = PeerReductions(memory, hidden, vocabulary, min(capabilities) >= (9, 0))
     except (DoesNotFit, ValueError) as error:  # of shapes alone, so on all ranks
         return str(error)
     made.choose(group, dtype)

@@ -139,11 +139,17 @@ class TorchGroup(Group):
 
     def describe_reductions(self) -> dict[str, Any]:
         name = "NCCL" if self.backend == "nccl" else self.backend
-        if not isinstance(self._peers, str):
+        if not isinstance(self._peers, str) and self.host_memory is None:
             return self._peers.describe(name)
-        hoped = self._p2p is None and name == "NCCL" and self._peers != _NOT_ASKED
-        warning = f"GPUs do not use each other's memory, sums take {name} instead: {self._peers}" if hoped else None
-        return {"small": name, "why": self._peers, "warning": warning, "microseconds": {}}
+        told: dict[str, Any] = {"small": name, "why": self._peers, "warning": None, "microseconds": {}}
+        if not isinstance(self._peers, str):
+            told = self._peers.describe(name)
+            told["why"] = self.no_peer_memory + (f"; {told['why']}" if told["why"] else "")
+        elif self.peer_memory is None and name == "NCCL" and self._peers != _NOT_ASKED:
+            told["why"] = f"{self._peers}; {self.no_host_memory}"
+        if self._p2p is None and name == "NCCL" and self._peers != _NOT_ASKED:
+            told["warning"] = f"GPUs do not use each other's memory, sums take {told['small']} instead: {told['why']}"
+        return told
 
     def reduce_add_norm(
         self,

@@ -19,6 +19,16 @@
 // Nothing is sent before the wait. Blocks start in the order of their numbers and block b needs nothing but the peers' blocks b,
 // so that a grid too large for a GPU still ends. Who waits longer than `limit_ms` traps, which ends the rank with an error.
 //
+// With MAILBOX the memory is the host's (parallel/host_memory.py), for GPUs that do not reach each other's. Every rank owns a
+// mailbox in it, of sets without a place for each writer; it writes there once for all, and the others look there. So each
+// clears what it wrote itself, which needs other reasons than the above:
+//  - the reduction clears set (k - 1) % 3 of the columns that a thread has just had turn k's words of, from every other rank: by
+//    these each has told that its turn k - 1 is over, reading included. The gather cannot say so, for a block may need no other
+//    rank's words. It has four sets, and clears that of turn k - 2, which all ranks have read, or our turn k - 1 were not over;
+//  - a cleared place is read in turn k + 2, which a peer begins with our words of turn k + 1, sent when this kernel is over.
+// The mailbox way has not yet run on a GPU; `limit_ms` below 0 makes who waits in vain give up after -limit_ms, and count that
+// behind the turns: for a trial that must not end the process.
+//
 // Sections: the reduction where ROW is defined (RANKS, ROW, PARTS, NTHREADS, MAX_TOKENS, X_KIND, PARTIAL_KIND), else the gather.
 
 __device__ __forceinline__ u64 nanoseconds() {
@@ -27,15 +37,25 @@ __device__ __forceinline__ u64 nanoseconds() {
     return now;
 }
 
-// Counts looks in vain; now and then at the clock.
+#ifndef MAILBOX
+#define MAILBOX 0
+#endif
+
+__device__ __forceinline__ void fail() { asm volatile("trap;"); }
+
+// Counts looks in vain; now and then at the clock. False: give up.
 struct Patience {
     u64 began = 0;
     u32 looks = 0;
-    __device__ __forceinline__ void wait(int limit_ms) {
-        if (++looks & 255) return;
+    __device__ __forceinline__ bool wait(int limit_ms) {
+        if (++looks & 255) return true;
         const u64 now = nanoseconds();
         if (began == 0) began = now;
-        else if (now - began > (u64)limit_ms * 1000000) asm volatile("trap;");
+        else if (now - began > (u64)(limit_ms < 0 ? -limit_ms : limit_ms) * 1000000) {
+            if (limit_ms < 0) return false;
+            fail();
+        }
+        return true;
     }
 };
 
@@ -97,12 +117,14 @@ __device__ __forceinline__ float token_sum(float v, int part, float* scratch, fl
     return v;
 }
 
-// Bytes from a buffer's start to a token's row from `writer` in a set: float32 [3][RANKS][MAX_TOKENS][ROW].
+// Bytes from a buffer's start to a token's row from `writer` in a set: float32 [3][RANKS][MAX_TOKENS][ROW]; in a mailbox, which
+// is the writer's, [3][MAX_TOKENS][ROW].
 __device__ __forceinline__ u64 row_of(int set, int writer, int token) {
-    return 4ull * ROW * ((set * RANKS + writer) * MAX_TOKENS + token);
+    return 4ull * ROW * ((MAILBOX ? set : set * RANKS + writer) * MAX_TOKENS + token);
 }
+__device__ __forceinline__ bool here4(float4 v) { return here(v.x) & here(v.y) & here(v.z) & here(v.w); }
 
-// A cluster a token. places: [RANKS] address of every rank's receive sets. turns: [MAX_TOKENS]. partial [T][ROW], this rank's
+// A cluster a token. places: [RANKS] address of every rank's sets. turns: [MAX_TOKENS], and who gave up. partial [T][ROW], this rank's
 // part of the sum; residual float32 [T][ROW], in place; post_weight null: no post norm; out [T][ROW]. Weights float32 [ROW].
 extern "C" __global__ void __launch_bounds__(THREADS)
 #if PARTS > 1
@@ -144,19 +166,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int at = start + i * THREADS;
         v[i] = add4(v[i], none);  // -0.0 becomes +0.0
         if (at >= stop) continue;
+#if MAILBOX
+        put4(own + row_of(set, rank, token) + 16 * at, v[i]);
+#else
 #pragma unroll
         for (int r = 0; r < RANKS; r++)
             if (r != rank) put4(place[r] + row_of(set, rank, token) + 16 * at, v[i]);
+#endif
     }
     const float nothing = __uint_as_float(NOTHING);
+    const float4 nothings = make_float4(nothing, nothing, nothing, nothing);
+#if !MAILBOX
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int at = start + i * THREADS;
         if (at >= stop) continue;
 #pragma unroll
         for (int r = 0; r < RANKS; r++)
-            if (r != rank) put4(own + row_of(old, r, token) + 16 * at, make_float4(nothing, nothing, nothing, nothing));
+            if (r != rank) put4(own + row_of(old, r, token) + 16 * at, nothings);
     }
+#endif
 
     Patience patience;
     float post_squares = 0.f, all_squares = 0.f;
@@ -164,21 +193,38 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int first = 0; first < ITEMS; first += TOGETHER) {
         float4 got[TOGETHER][RANKS];
         bool complete;
+#if MAILBOX
+#pragma unroll
+        for (int g = 0; g < TOGETHER; g++)
+#pragma unroll
+            for (int r = 0; r < RANKS; r++) {
+                const int i = min(first + g, ITEMS - 1), at = start + i * THREADS;
+                got[g][r] = first + g < ITEMS && at < stop && r != rank ? nothings : v[i];
+            }
+#endif
         do {
             complete = true;
 #pragma unroll
             for (int g = 0; g < TOGETHER; g++) {
                 const int i = min(first + g, ITEMS - 1), at = start + i * THREADS;
 #pragma unroll
-                for (int r = 0; r < RANKS; r++)
+                for (int r = 0; r < RANKS; r++) {
+#if MAILBOX
+                    // What has come is not fetched again over a slow link.
+                    if (!here4(got[g][r])) got[g][r] = look4(place[r] + row_of(set, r, token) + 16 * at);
+#else
                     got[g][r] = first + g < ITEMS && at < stop && r != rank ? look4(own + row_of(set, r, token) + 16 * at) : v[i];
+#endif
+                }
             }
 #pragma unroll
             for (int g = 0; g < TOGETHER; g++)
 #pragma unroll
-                for (int r = 0; r < RANKS; r++)
-                    complete &= here(got[g][r].x) & here(got[g][r].y) & here(got[g][r].z) & here(got[g][r].w);
-            if (!complete) patience.wait(limit_ms);
+                for (int r = 0; r < RANKS; r++) complete &= here4(got[g][r]);
+            if (!complete && !patience.wait(limit_ms)) {
+                atomicAdd(turns + MAX_TOKENS, 1u);
+                complete = true;
+            }
         } while (!complete);
 #pragma unroll
         for (int g = 0; g < TOGETHER; g++) {
@@ -190,6 +236,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             post_squares += squares(v[i]);
         }
     }
+#if MAILBOX
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = start + i * THREADS;
+        if (at < stop) put4(own + row_of(old, rank, token) + 16 * at, nothings);
+    }
+#endif
 
     __syncwarp();
     cluster_wait();
@@ -232,12 +285,16 @@ __device__ __forceinline__ float look(u64 address) {
     return v;
 }
 
-// Block (b, t) has columns b * NTHREADS * ITEMS and on of token t. places: [RANKS] address of every rank's receive sets, each
-// float32 [3][max_tokens][columns]. turns: [max_tokens][gridDim.x]. local: float32 [T][size], which are columns first .. first +
-// size of out, float32 [T][columns].
+// Block (b, t) has columns b * NTHREADS * ITEMS and on of token t. places: [RANKS] address of every rank's sets, each float32
+// [3][max_tokens][columns], or in a mailbox [4][max_tokens][widest]. turns: [max_tokens][gridDim.x], and who gave up. local:
+// float32 [T][size], which are columns first .. first + size of out, float32 [T][columns]. With mailboxes every rank has a
+// column, and none more than `widest`; starts: [RANKS + 1], where every rank's columns begin, and their number.
 extern "C" __global__ void __launch_bounds__(NTHREADS)
-    gather_columns(const u64* __restrict__ places, u32* turns, const float* local, float* out, int first, int size, int columns,
-                   int max_tokens, int rank, int limit_ms) {
+    gather_columns(const u64* __restrict__ places, u32* turns, const float* local, float* out,
+#if MAILBOX
+                   const int* __restrict__ starts, int widest,
+#endif
+                   int first, int size, int columns, int max_tokens, int rank, int limit_ms) {
     let_next_kernel_start();
     const int token = blockIdx.y, start = blockIdx.x * NTHREADS * ITEMS + threadIdx.x;
     u64 place[RANKS];
@@ -248,15 +305,33 @@ extern "C" __global__ void __launch_bounds__(NTHREADS)
 
     u32* counter = turns + (size_t)token * gridDim.x + blockIdx.x;
     const u32 turn = *(volatile u32*)counter;
-    const size_t set = 4 * ((size_t)(turn % 3) * max_tokens + token) * columns;
-    const size_t old = 4 * ((size_t)((turn + 2) % 3) * max_tokens + token) * columns;
+#if MAILBOX
+    constexpr u32 SETS = 4;
+    const int width = widest;
+#else
+    constexpr u32 SETS = 3;
+    const int width = columns;
+#endif
+    const size_t set = 4 * ((size_t)(turn % SETS) * max_tokens + token) * width;
+    const size_t old = 4 * ((size_t)((turn + 2) % SETS) * max_tokens + token) * width;
     float v[ITEMS];
+    u64 source[ITEMS];  // of what others send
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int at = start + i * NTHREADS;
         const bool mine = at >= first && at < first + size;
         v[i] = mine ? local[(size_t)token * size + at - first] + 0.f : 0.f;  // -0.0 becomes +0.0
+        source[i] = own + set + 4ull * at;
         if (at >= columns) continue;
+#if MAILBOX
+        if (mine) {
+            put(own + set + 4ull * (at - first), v[i]);
+            put(own + old + 4ull * (at - first), __uint_as_float(NOTHING));
+        }
+#pragma unroll
+        for (int r = 0; r < RANKS; r++)
+            if (at >= starts[r] && at < starts[r + 1]) source[i] = place[r] + set + 4ull * (at - starts[r]);
+#else
         if (!mine) {
             put(own + old + 4ull * at, __uint_as_float(NOTHING));
             continue;
@@ -264,6 +339,7 @@ extern "C" __global__ void __launch_bounds__(NTHREADS)
 #pragma unroll
         for (int r = 0; r < RANKS; r++)
             if (r != rank) put(place[r] + set + 4ull * at, v[i]);
+#endif
     }
     Patience patience;
     bool complete;
@@ -272,11 +348,14 @@ extern "C" __global__ void __launch_bounds__(NTHREADS)
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) {
             const int at = start + i * NTHREADS;
-            if (at < columns && (at < first || at >= first + size)) v[i] = look(own + set + 4ull * at);
+            if (at < columns && (at < first || at >= first + size)) v[i] = look(source[i]);
         }
 #pragma unroll
         for (int i = 0; i < ITEMS; i++) complete &= here(v[i]);
-        if (!complete) patience.wait(limit_ms);
+        if (!complete && !patience.wait(limit_ms)) {
+            atomicAdd(turns + (size_t)max_tokens * gridDim.x, 1u);
+            complete = true;
+        }
     } while (!complete);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
