@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,6 +100,23 @@ def check_ratio(ratio: tuple[float, ...]) -> None:
         raise InputError(f"ratio: {','.join(map(str, ratio))} is not a ratio; parts are >= 0 and not all 0")
 
 
+FLOAT_LAYERS = "float-layers"
+HOST_RELAY = "host-relay"
+EXPERIMENTS = {
+    FLOAT_LAYERS: "float16 and bfloat16 weights in one launch from attention to attention",
+    HOST_RELAY: "the same for GPUs that do not reach each other's memory, with sums through the host's",
+}
+
+
+def parse_experiments(names: Iterable[str]) -> frozenset[str]:
+    """Raises InputError for a name that is none of EXPERIMENTS."""
+    found = frozenset(names)
+    for name in sorted(found - set(EXPERIMENTS)):
+        known = "; ".join(f"{known} ({what})" for known, what in EXPERIMENTS.items())
+        raise InputError(f"experimental: there is no {name!r}; there are: {known}")
+    return found
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """What the engine and its ranks need to know beside the plan.
@@ -113,6 +131,7 @@ class EngineConfig:
     p2p: whether GPUs may use each other's memory. None: where a probe finds that it works; True: it has to work; False:
     never, nor may NCCL.
     overlap: steps of many tokens are cut in two, so that sums over GPUs travel while products are computed.
+    experimental: names of EXPERIMENTS, faster ways that have not run on a GPU yet, to be tried.
     """
 
     model: str
@@ -125,3 +144,4 @@ class EngineConfig:
     prefix_cache: Literal["shared", "key", "off"] = "shared"
     p2p: bool | None = None
     overlap: bool = False
+    experimental: frozenset[str] = frozenset()

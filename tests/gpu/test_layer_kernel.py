@@ -9,9 +9,11 @@ import tiled_weights
 import torch
 from tiled_weights import error
 
-from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, LayerShape, Matrices, places_bytes
-from multitensor.kernels.cuda.tiles import TiledTensor
-from multitensor.parallel.peer_memory import NOTHING
+from multitensor.formats.quant_types import QUANT_TYPES
+from multitensor.kernels.cuda.layer import LayerKernel, LayerPhases, LayerShape, Matrices, Places, places_bytes
+from multitensor.kernels.cuda.layer_weights import FloatRows, Tiles, ways_to_lie
+from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.parallel.rank_memory import NOTHING
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-5
@@ -25,8 +27,15 @@ def kernels() -> Any:
     return TileKernels(torch.device("cuda:0"))
 
 
-def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int) -> tuple[TiledTensor, torch.Tensor]:
+FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def weight(name: str, rows: int, cols: int, start: int, stop: int, seed: int) -> tuple[QuantTensor, torch.Tensor]:
     """Small enough for sums over thousands of them to stay within float16."""
+    if name in FLOATS:
+        generator = torch.Generator("cuda").manual_seed(seed)
+        plane = torch.randn(rows, stop - start, device="cuda", generator=generator).mul(0.02).to(FLOATS[name])
+        return QuantTensor(QUANT_TYPES[name], rows, stop - start, {"weight": plane}), plane.double()
     tiled, numbers = tiled_weights.weight(name, rows, cols, start, stop, seed, 5e-4)
     return tiled, numbers.double()
 
@@ -87,6 +96,10 @@ CASES = {
     "biases, logits": (("Q8_0", "Q4_1"), 2304, (96, 1120), (32, 1184), {"bias": True, "logits": True}),
     "rows not whole super-blocks": (("Q8_0", "Q4_0"), 576, (0, 192), (0, 768), {}),
     "wide": (("Q5_K", "Q4_0"), 8192, (0, 2048), (0, 3584), {"post": True, "bias": True}),
+    "float16": (("F16", "F16"), 4096, (0, 4096), (0, 14336), {}),
+    "bfloat16": (("BF16", "BF16"), 4096, (0, 2048), (0, 7168), {"logits": True}),
+    "bfloat16, odd sizes": (("BF16", "BF16"), 576, (0, 192), (0, 264), {"post": True, "bias": True}),
+    "float16, wide": (("F16", "F16"), 8192, (0, 4096), (0, 14336), {"post": True}),
 }
 
 
@@ -109,10 +122,23 @@ def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: 
     run_launches(kernels, case, torch.float16, tokens, {"warps": warps, "overlap": overlap})
 
 
-def run_launches(kernels: Any, case: Case, dtype: torch.dtype, tokens: int, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize(("columns", "warps"), [(256, 8), (256, 4), (128, 8), (128, 6), (64, 8), (64, 4)])
+def test_float_rows_in_every_shape(kernels: Any, columns: int, warps: int, tokens: int, overlap: bool) -> None:
+    types, hidden, heads, ffn, more = CASES["bfloat16, odd sizes"]
+    case = Case(types, hidden, heads, ffn, **more)
+    lie = FloatRows(torch.bfloat16, columns)
+    run_launches(kernels, case, torch.bfloat16, tokens, {"warps": warps, "overlap": overlap}, lie)
+
+
+def run_launches(
+    kernels: Any, case: Case, dtype: torch.dtype, tokens: int, options: dict[str, Any], lie: Any = None
+) -> None:
     hidden = case.hidden
-    shape = LayerShape.of([case.phases], tokens, kernels.blocks)
-    assert shape is not None
+    ways = [lie] if lie else ways_to_lie(w for product in case.phases.products for w in product.weights)
+    shapes = [LayerShape.of([case.phases], tokens, kernels.blocks, way) for way in ways]
+    shape = next(shape for shape in shapes if shape.warps(kernels.shared_limit))
     memory = torch.full((places_bytes(hidden, tokens, 1) // 4,), NOTHING, dtype=torch.int32, device="cuda")
     kernel = LayerKernel(
         kernels,
@@ -120,8 +146,7 @@ def run_launches(kernels: Any, case: Case, dtype: torch.dtype, tokens: int, opti
         dtype,
         hidden=hidden,
         rank=0,
-        places=torch.tensor([memory.data_ptr()], device="cuda"),
-        own=memory,
+        places=Places(torch.tensor([memory.data_ptr()], device="cuda"), memory),
         inner=case.down[0].cols,
         **options,
     )
@@ -152,7 +177,7 @@ def run_launches(kernels: Any, case: Case, dtype: torch.dtype, tokens: int, opti
 
 
 def test_what_does_not_fit_is_refused(kernels: Any) -> None:
-    shape = LayerShape(("Q4_K", "Q6_K"), 2, 300, (1, 1, 1, 1))
-    nowhere = torch.zeros(1, dtype=torch.int64, device="cuda")
+    shape = LayerShape(Tiles(("Q4_K", "Q6_K")), 2, 300, (1, 1, 1, 1))
+    nowhere = Places(torch.zeros(1, dtype=torch.int64, device="cuda"), None)
     with pytest.raises(ValueError, match="no room"):
-        LayerKernel(kernels, shape, torch.float16, hidden=8192, rank=0, places=nowhere, own=None, inner=76800)
+        LayerKernel(kernels, shape, torch.float16, hidden=8192, rank=0, places=nowhere, inner=76800)

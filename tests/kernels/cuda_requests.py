@@ -17,7 +17,8 @@ from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, prefill, reduce, small_batch
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
-from multitensor.kernels.cuda.layer import LayerKernel, LayerShape
+from multitensor.kernels.cuda.layer import LayerKernel, LayerShape, Places
+from multitensor.kernels.cuda.layer_weights import FloatRows, Tiles
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
@@ -187,16 +188,30 @@ def layer_requests(turn: int) -> None:
         types = names[at % len(names)], names[(at + 4) % len(names)]
         LayerKernel(
             TileKernels(CPU),
-            LayerShape(types, 1 + (turn + number // 2) % 2, 32, (64, 200, 60, 100)),
+            LayerShape(Tiles(types), 1 + (turn + number // 2) % 2, 32, (64, 200, 60, 100)),
             HALVES[(turn + number) % 2],
             hidden=(576, 4096, 8192, 16384)[(turn + number) % 4],
             rank=ranks - 1,
-            places=torch.zeros(ranks, dtype=torch.int64),
-            own=None,
+            places=_places(ranks, relay=ranks > 1 and number % 2 == 0),
             inner=512,
             warps=(None, 6, 12)[(turn + number) % 3],
             overlap=False if number % 2 else None,
         )
+    for number, columns in enumerate((256, 128, 64)):
+        LayerKernel(
+            TileKernels(CPU),
+            LayerShape(FloatRows(HALVES[(turn + number) % 2], columns), 1 + number % 2, 32, (64, 200, 60, 100)),
+            HALVES[turn % 2],
+            hidden=(576, 4096, 8192)[(turn + number) % 3],
+            rank=0,
+            places=_places(1 + number, relay=number == 2),
+            inner=512,
+            overlap=False if (turn + number) % 3 == 0 else None,
+        )
+
+
+def _places(ranks: int, *, relay: bool) -> Places:
+    return Places(torch.zeros(ranks + relay, dtype=torch.int64), None, relay)
 
 
 # Each takes a turn, which picks some of the many combinations.

@@ -100,6 +100,7 @@ def command(
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
     overlap: options.Overlap = False,
+    experimental: options.Experimental = "",
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode of MODEL, warm, as medians, and how near decoding comes to the memory's speed.
@@ -128,6 +129,7 @@ def command(
                 kv_type=kv_type,
                 p2p=p2p,
                 overlap=overlap,
+                experimental=options.names(experimental),
                 max_num_seqs=max(batches),
                 # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.
                 prefix_cache="shared" if depth else "off",

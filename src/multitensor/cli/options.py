@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from multitensor.config import EXPERIMENTS
+
 Model = Annotated[str, typer.Argument(help="A .gguf file or a Hugging Face folder.", show_default=False)]
 Tp = Annotated[
     int | None,
@@ -53,4 +55,19 @@ Overlap = Annotated[
         help="Several GPUs: sums over them travel while a long prompt's products are computed. Not yet measured.",
     ),
 ]
+Experimental = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        help="Ways to try, by comma: "
+        + "; ".join(f"{name}, {what}" for name, what in EXPERIMENTS.items())
+        + ". They have not run on a GPU yet.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def names(text: str) -> tuple[str, ...]:
+    """'a, b' -> ('a', 'b')."""
+    return tuple(name for part in text.split(",") if (name := part.strip()))

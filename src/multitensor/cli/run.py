@@ -49,6 +49,7 @@ def command(
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
     overlap: options.Overlap = False,
+    experimental: options.Experimental = "",
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest that sum to p.")] = 0.95,
@@ -83,6 +84,7 @@ def command(
             kv_type=kv_type,
             p2p=p2p,
             overlap=overlap,
+            experimental=options.names(experimental),
             seed=seed,
         )
     with llm:

@@ -24,6 +24,7 @@ def command(
     dtype: options.Dtype = None,
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
+    experimental: options.Experimental = "",
     as_json: options.Json = False,
 ) -> None:
     """Check that MODEL, cut over ranks, computes what the whole MODEL computes.
@@ -45,6 +46,7 @@ def command(
             dtype=dtype,
             kv_type=kv_type,
             p2p=p2p,
+            experimental=options.names(experimental),
         )
     with llm:
         warn_of(llm.warnings)

@@ -55,6 +55,7 @@ class LLM:
     seed: of requests that have none of their own.
     p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
+    experimental: names of config.EXPERIMENTS, ways that have not run on a GPU yet.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """
@@ -72,6 +73,7 @@ class LLM:
         seed: int = 0,
         p2p: bool | None = None,
         overlap: bool = False,
+        experimental: Sequence[str] = (),
         tensor_parallel: int | None = None,
         context: int | None = None,
     ) -> None:
@@ -89,6 +91,7 @@ class LLM:
             seed=seed,
             p2p=p2p,
             overlap=overlap,
+            experimental=experimental,
         )
 
     @classmethod

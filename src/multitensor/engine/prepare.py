@@ -10,7 +10,7 @@ from typing import Literal
 
 from multitensor.architectures.registry import resolve
 from multitensor.architectures.spec import ModelSpec
-from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse_ratio
+from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse_experiments, parse_ratio
 from multitensor.errors import InputError
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.sharding.plan import Plan
@@ -49,6 +49,7 @@ def prepare(
     prefix_cache: Literal["shared", "key", "off"] = "shared",
     p2p: bool | None = None,
     overlap: bool = False,
+    experimental: Sequence[str] = (),
 ) -> Prepared:
     """Opens the model's headers and plans it; reads no weight.
 
@@ -56,7 +57,8 @@ def prepare(
     "3,1", numbers, or a mapping from kind to numbers. max_model_len: context in tokens. dtype "float32" given
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
     prefix_cache: which requests reuse what was computed of a common beginning; p2p: whether GPUs may use each other's
-    memory; overlap: whether sums over GPUs travel while products are computed; as in EngineConfig.
+    memory; overlap: whether sums over GPUs travel while products are computed; experimental: ways to try; as in
+    EngineConfig.
     Raises InputError and DoesNotFit in one line.
     """
     if not isinstance(model, (str, Path)) or not str(model):
@@ -101,6 +103,7 @@ def prepare(
         prefix_cache=prefix_cache,
         p2p=p2p,
         overlap=overlap,
+        experimental=parse_experiments(experimental),
     )
     return Prepared(checkpoint, spec, plan, config)
 

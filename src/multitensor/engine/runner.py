@@ -163,8 +163,8 @@ class ModelRunner:
 
         if not isinstance(self.kernels, CudaKernels) or not can_capture(self.plan):
             return None
-        last = self.sampler.last_tokens
-        return DecodeGraphs(self.decoder, self.plan, self.rank, self.caches, self.kernels, self.group, last)
+        parts = self.decoder, self.plan, self.rank, self.caches, self.kernels, self.group
+        return DecodeGraphs(*parts, self.sampler.last_tokens, self.config.experimental)
 
     @torch.inference_mode()
     def step(self, step: StepInput) -> StepOutput:

@@ -16,6 +16,7 @@ import torch
 from multitensor.config import KV_GROUP
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention, cache_kind
+from multitensor.kernels.cuda.layer import STEPS
 from multitensor.kernels.cuda.sample import GreedySampler
 from multitensor.kernels.cuda.tiles import TiledTensor
 from multitensor.model.attention import KVCache
@@ -55,8 +56,10 @@ class DecodeGraphs:
         kernels: CudaKernels,
         group: Group,
         last_tokens: torch.Tensor,
+        tried: frozenset[str] = frozenset(),
     ) -> None:
-        self._parts = (decoder, plan, rank, caches, kernels, group, last_tokens)
+        """tried: EngineConfig.experimental."""
+        self._parts = (decoder, plan, rank, caches, kernels, group, last_tokens, tried)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._pool: Any | None = None
 
@@ -93,6 +96,7 @@ class _DecodeGraph:
         kernels: CudaKernels,
         group: Group,
         last_tokens: torch.Tensor,
+        tried: frozenset[str],
         *,
         sequences: int,
     ) -> None:
@@ -103,7 +107,7 @@ class _DecodeGraph:
         self.blocks = -(-plan.context // plan.block_size)
         self.device = last_tokens.device
         self.dtype = decoder.dtype
-        # ids, slots, positions, cache slots; then the block tables; then the count of steps modulo 3
+        # ids, slots, positions, cache slots; then the block tables; then the count of steps
         length = 4 * sequences + sequences * self.blocks + 1
         self.host = torch.empty(length, dtype=torch.int32, pin_memory=True)
         self.copied = torch.cuda.Event()
@@ -130,8 +134,8 @@ class _DecodeGraph:
                     window=layer.window,
                     softcap=spec.attention_softcap,
                 )
-        self.fused = FusedLayers.make(decoder, plan, rank, kernels, group, sequences)
-        self._count = 0  # of steps, modulo 3
+        self.fused = FusedLayers.make(decoder, plan, rank, kernels, group, sequences, tried)
+        self._count = 0  # of steps, modulo STEPS
         self.greedy = GreedySampler(sequences, self.device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: torch.Tensor | None = None
@@ -164,7 +168,7 @@ class _DecodeGraph:
         )
         tables = host[4 * size : -1].reshape(size, self.blocks)
         tables[:count, : block_tables.shape[1]] = block_tables
-        self._count = (self._count + 1) % 3  # 0 was the warm-up's
+        self._count = (self._count + 1) % STEPS  # 0 was the warm-up's
         host[-1] = self._count
         self.packed.copy_(self.host, non_blocking=True)
         self.copied.record()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from multitensor.config import FLOAT_LAYERS, HOST_RELAY
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels, joined_biases
 from multitensor.kernels.cuda.layer import (
     MAX_HIDDEN,
@@ -14,14 +15,17 @@ from multitensor.kernels.cuda.layer import (
     LayerPhases,
     LayerShape,
     Matrices,
+    Places,
+    mail_bytes,
     places_bytes,
-    type_pair,
 )
-from multitensor.kernels.cuda.tiles import TiledTensor
+from multitensor.kernels.cuda.layer_weights import FloatRows, LayerWeights, ways_to_lie
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group
-from multitensor.parallel.peer_memory import NOTHING, PeerMemory
+from multitensor.parallel.host_memory import HostMemory
+from multitensor.parallel.peer_memory import PeerMemory
+from multitensor.parallel.rank_memory import NOTHING
 from multitensor.sharding.plan import Plan
 
 
@@ -36,30 +40,31 @@ class FusedLayers:
 
     @classmethod
     def make(
-        cls, decoder: Decoder, plan: Plan, rank: int, kernels: CudaKernels, group: Group, tokens: int
+        cls,
+        decoder: Decoder,
+        plan: Plan,
+        rank: int,
+        kernels: CudaKernels,
+        group: Group,
+        tokens: int,
+        tried: frozenset[str] = frozenset(),
     ) -> FusedLayers | None:
-        """Collective. None where the model, the GPU or the number of tokens does not allow it, on all ranks alike."""
+        """Collective. None where the model, the GPU or the number of tokens does not allow it, on all ranks alike.
+        tried: as EngineConfig has it."""
         hidden = plan.spec.hidden_size
         tiles = kernels.tile_kernels
-        phases = _phases(decoder, plan, rank) if tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN else []
-        shape = LayerShape.of(phases, tokens, tiles.blocks) if phases else None
-        fits = shape is not None and shape.warps(tiles.shared_limit) > 0 and hidden % 8 == 0
-        if not all(group.gather_objects(fits)):
+        small = tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN and hidden % 8 == 0
+        weights = _weights(decoder, plan, rank) if small else []
+        ways = [lie for lie in ways_to_lie(weights) if not isinstance(lie, FloatRows) or FLOAT_LAYERS in tried]
+        phases = _phases(decoder) if ways else []
+        shape = _fitting(phases, tokens, tiles.blocks, tiles.shared_limit, ways)
+        if not all(group.gather_objects(shape is not None)):
             return None
-        size = places_bytes(hidden, tokens, group.size)
-        places = _own_places(size, tiles.device) if group.size == 1 else _shared_places(group, size)
+        places = _places(group, hidden, tokens, tiles.device, relay=HOST_RELAY in tried)
         if places is None or shape is None:
             return None
-        kernel = LayerKernel(
-            tiles,
-            shape,
-            decoder.dtype,
-            hidden=hidden,
-            rank=rank,
-            places=places[0],
-            own=places[1],
-            inner=phases[0].down.weights[0].cols,
-        )
+        inner = phases[0].down.weights[0].cols
+        kernel = LayerKernel(tiles, shape, decoder.dtype, hidden=hidden, rank=rank, places=places, inner=inner)
         return cls(decoder, phases, kernel, decoder.dtype, gelu=plan.spec.activation == "gelu_tanh")
 
     def run(
@@ -85,16 +90,22 @@ class FusedLayers:
         return out
 
 
-def _phases(decoder: Decoder, plan: Plan, rank: int) -> list[LayerPhases]:
-    """What each layer's launch multiplies; nothing where a rank lacks a part, or a weight is not tiled."""
+def _weights(decoder: Decoder, plan: Plan, rank: int) -> list[QuantTensor]:
+    """All that the launches multiply with; nothing where a rank lacks a part."""
     own = plan.ranks[rank]
     head = decoder.lm_head.weight
     if not (own.query_heads.size and own.ffn.size) or head is None:
         return []
     blocks = [(layer.attention, layer.feed_forward) for layer in decoder.layers]
-    weights = [w for a, f in blocks for w in (*a.qkv, a.output, f.gate, f.up, f.down)]
-    if type_pair([*weights, head]) is None:
-        return []
+    return [*(w for a, f in blocks for w in (*a.qkv, a.output, f.gate, f.up, f.down)), head]
+
+
+def _phases(decoder: Decoder) -> list[LayerPhases]:
+    """What each layer's launch multiplies."""
+    blocks = [(layer.attention, layer.feed_forward) for layer in decoder.layers]
+    head = decoder.lm_head.weight
+    if head is None:
+        raise ValueError("a rank without logits has no last launch")
     following = [_matrices(a.qkv, a.qkv_biases) for a, _ in blocks[1:]] + [_matrices((head,), None)]
     return [
         LayerPhases(
@@ -113,18 +124,33 @@ def _phases(decoder: Decoder, plan: Plan, rank: int) -> list[LayerPhases]:
 
 
 def _matrices(weights: Sequence[QuantTensor], biases: Sequence[torch.Tensor | None] | None) -> Matrices:
-    tiled = tuple(w for w in weights if isinstance(w, TiledTensor))
-    return Matrices(tiled, joined_biases(biases, weights))
+    return Matrices(tuple(weights), joined_biases(biases, weights))
 
 
-def _own_places(size: int, device: torch.device) -> tuple[torch.Tensor, object]:
-    memory = torch.full((size // 4,), NOTHING, dtype=torch.int32, device=device)
-    return torch.tensor([memory.data_ptr()], device=device), memory
+def _fitting(
+    phases: Sequence[LayerPhases], tokens: int, blocks: int, limit: int, ways: Sequence[LayerWeights]
+) -> LayerShape | None:
+    """Of the first way for whose launches a block's shared memory, `limit` bytes, is enough."""
+    for lie in ways:
+        shape = LayerShape.of(phases, tokens, blocks, lie)
+        if shape.warps(limit) > 0:
+            return shape
+    return None
 
 
-def _shared_places(group: Group, size: int) -> tuple[torch.Tensor, object] | None:
-    memory: PeerMemory | None = group.peer_memory
-    if memory is None or memory.free < size + 256:
+def _places(group: Group, hidden: int, tokens: int, device: torch.device, *, relay: bool) -> Places | None:
+    """Of one rank alone, in memory that all GPUs reach, or with mail through the host's; alike on all ranks."""
+    size = places_bytes(hidden, tokens, group.size)
+    if group.size > 1 and group.peer_memory is not None:
+        memory: PeerMemory = group.peer_memory
+        return Places(memory.table(memory.carve(size)), memory) if memory.free >= size + 256 else None
+    own = torch.full((size // 4,), NOTHING, dtype=torch.int32, device=device)
+    if group.size == 1:
+        return Places(torch.tensor([own.data_ptr()], device=device), own)
+    host: HostMemory | None = group.host_memory if relay else None
+    if host is None or host.free < mail_bytes(hidden, tokens) + 256:
         return None
-    offset = memory.carve(size)
-    return memory.table(offset), memory
+    boxes = host.table(host.carve(mail_bytes(hidden, tokens)))
+    table = torch.cat((boxes, boxes[group.rank : group.rank + 1]))
+    table[group.rank] = own.data_ptr()
+    return Places(table, (own, host), relay=True)

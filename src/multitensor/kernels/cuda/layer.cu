@@ -16,12 +16,21 @@
 // Three sets of these places take turns, launch by launch: a launch uses set i and makes set i - 1 NOTHING again. Nobody
 // reads that any more: the launch before is over when this one passes its wait. Nobody writes it yet: it is written by
 // launch i + 2, which another rank reaches only with this rank's sums of launch i + 1, made after this launch is over.
+//
+// RELAY: ranks that cannot write into each other's memory have a mailbox each in host memory. A rank puts its parts into its
+// own places and once into its mailbox; of the other ranks' mail each block fetches its share into this rank's places, where
+// everybody finds it. Four sets of mail take turns: a launch with set i makes set i + 2 NOTHING at its end. All have read
+// what launch i - 2 left there, or their parts of launch i - 1, without which this launch would not have begun, could not
+// have come; and who reads the set in launch i + 2 has this rank's sums of launch i + 1, made after this launch is over.
 
 constexpr u32 NOTHING = 0x80000000u, NOTHING_TWICE = 0x80008000u;
 constexpr int PHASES = 4, OUTPUT = 0, GATED = 1, DOWN = 2, NEXT = 3;
 constexpr int WIDE = (HIDDEN + 255) / 256;  // super-blocks of the residual stream
 constexpr int ITEMS = (WIDE + WARPS - 1) / WARPS;
-constexpr int BATCH = 2 * TOKENS;  // columns of the tensor cores' operand: two bytes a token
+constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN, MAIL = (size_t)TOKENS * HIDDEN;  // numbers of one sum
+#ifndef RELAY
+#define RELAY false
+#endif
 constexpr int DEPTH = 8 / TOKENS;  // row groups whose sums over warps may be open at a time
 
 // Matrices with the same columns, one behind the other in the result. Matrix i is of TYPE_B where bit i of kinds is set.
@@ -35,7 +44,8 @@ struct Phase {
 
 struct Fixed {
     Phase phases[PHASES];
-    float* places[RANKS];  // of the current set, on every rank
+    float* places[RANKS];  // of the current set, on every rank; with RELAY the other ranks' mailboxes instead
+    float* mailbox;        // this rank's, of the current set
     float sums[2][WARPS];
     int jobs[PHASES];          // of this block
     int arrived[DEPTH];        // warps that have put their part of a job there
@@ -62,9 +72,9 @@ __device__ __forceinline__ Job job_at(const Phase& p, int phase, int number) {
     return job;
 }
 
-// The tiles of a block's jobs are dealt to its warps in turn, on from one job to the next, anew in every phase. A warp's
-// list holds the address of every tile it will want, in order, with bit 0 set where that is a tile of TYPE_B (they lie at
-// multiples of 16). Returns their number.
+// The tiles of a block's jobs are dealt to its warps in turn, on from one job to the next, anew in every phase.
+#if LISTED
+// A warp's list holds an entry for every tile it will want, in order. Returns their number.
 __device__ __forceinline__ int list_tiles(const Fixed& fixed, u64* list) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     int listed = 0;
@@ -80,33 +90,34 @@ __device__ __forceinline__ int list_tiles(const Fixed& fixed, u64* list) {
                 kb -= p.n_kb;
                 job.part = 1;
             }
-            const size_t tile = (size_t)job.group * p.n_kb + kb;
-            const bool second = (p.kinds >> job.part) & 1;
-            list[listed + i] = (u64)(p.w[job.part] + tile * (second ? TYPE_B::TILE : TYPE::TILE)) | second;
+            list[listed + i] = tile_entry(p, job.part, job.group, kb);
         }
         listed += count;
     }
     __syncwarp();
     return listed;
 }
-
-// ring_fill of gemv.cu with a size known only at run time.
-__device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int lane) {
-    const u8* source = (const u8*)(tile & ~1ull);
-#if HAS_BULK
-    if (lane == 0) {
-        const u32 b = shared_address(bar), bytes = tile & 1 ? TYPE_B::TILE : TYPE::TILE;
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(stage)),
-                     "l"(source), "r"(bytes), "r"(b)
-                     : "memory");
-    }
 #else
-    if (tile & 1) ring_fill<TYPE_B::TILE>(stage, source, bar, lane);
-    else ring_fill<TYPE::TILE>(stage, source, bar, lane);
-#endif
+// The next tile that a warp will want: tile kb of the block's job `number`, counted on through a job's two matrices.
+struct Ahead {
+    int phase, number, kb;
+};
+// Whether there is one; kb may have run past its job before.
+__device__ __forceinline__ bool settle(const Fixed& fixed, Ahead& at) {
+    while (at.phase < PHASES) {
+        const int n_kb = fixed.phases[at.phase].n_kb, tiles = at.phase == GATED ? 2 * n_kb : n_kb;
+        while (at.number < fixed.jobs[at.phase] && at.kb >= tiles) {
+            at.kb -= tiles;
+            at.number++;
+        }
+        if (at.number < fixed.jobs[at.phase]) return true;
+        at.phase++;
+        at.number = 0;
+        at.kb = threadIdx.x >> 5;
+    }
+    return false;
 }
+#endif
 
 // ---- numbers that other blocks and other GPUs put into place ----
 
@@ -120,6 +131,9 @@ __device__ __forceinline__ void put(float* at, float v) {
 }
 __device__ __forceinline__ void put(unsigned short* at, unsigned short v) {
     asm volatile("st.volatile.global.u16 [%0], %1;" ::"l"(at), "h"(v == 0x8000 ? (unsigned short)0 : v) : "memory");
+}
+__device__ __forceinline__ void put(float* at, const uint4& v) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 __device__ __forceinline__ bool is_there(const uint4& v) {
     return v.x != NOTHING && v.y != NOTHING && v.z != NOTHING && v.w != NOTHING;
@@ -184,6 +198,25 @@ __device__ __forceinline__ void sum_over_ranks(const float* parts, int n, int k,
     }
 }
 
+// The block's share of the other ranks' mail into this rank's places. which: 0 after OUTPUT, 1 after DOWN.
+__device__ __forceinline__ void fetch_mail(const Fixed& fixed, int rank, int which) {
+    constexpr int PIECES = (int)(MAIL / 4), TOTAL = (RANKS - 1) * PIECES;  // of 16 bytes
+    const int share = (TOTAL + (int)gridDim.x - 1) / (int)gridDim.x, end = min(TOTAL, ((int)blockIdx.x + 1) * share);
+    for (int i = (int)blockIdx.x * share + (int)threadIdx.x; i < end; i += blockDim.x) {
+        int from = i / PIECES;
+        const int at = (i - from * PIECES) * 4;
+        from += from >= rank;
+        const float* mail = fixed.places[from] + which * MAIL + at;
+        uint4 v = peek(mail);
+        Patience patience;
+        while (!is_there(v)) {
+            patience.wait();
+            v = peek(mail);
+        }
+        put(fixed.places[rank] + which * PART + from * MAIL + at, v);
+    }
+}
+
 // Sum over the block, in warp order, the same in every thread. Two scratch rows take turns, so one barrier is enough.
 __device__ __forceinline__ float block_sum(float v, Fixed& fixed, int& turn) {
 #pragma unroll
@@ -204,12 +237,6 @@ __device__ __forceinline__ void load_eight(const float* at, float (&v)[8]) {
     v[4] = b.x; v[5] = b.y; v[6] = b.z; v[7] = b.w;
 }
 
-struct Inputs {  // activations in shared memory, as gemv.cu's kernels have them
-    u8* quants;
-    u8* sums;
-    float* scale;
-};
-
 // residual += (post-normed) sum over ranks; its norm, quantised, becomes the input of the next products.
 // A lane holds eight columns of super-blocks warp, warp + WARPS, ...
 __device__ __forceinline__ void add_and_norm(float (&residual)[TOKENS][ITEMS][8], const float* parts, const float* __restrict__ weight,
@@ -223,7 +250,7 @@ __device__ __forceinline__ void add_and_norm(float (&residual)[TOKENS][ITEMS][8]
         for (int i = 0; i < 8; i++) w[j][i] = 0.f;
         if (k < HIDDEN) load_eight(weight + k, w[j]);
     }
-    for (int i = threadIdx.x; i < WIDE * 8; i += blockDim.x) if ((i & 7) >= BATCH) in.scale[i] = 0.f;
+    clear_inputs(in, WIDE);
 #pragma unroll
     for (int n = 0; n < TOKENS; n++) {
         float t[ITEMS][8], squares = 0.f;
@@ -263,15 +290,15 @@ __device__ __forceinline__ void add_and_norm(float (&residual)[TOKENS][ITEMS][8]
             float v[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) v[i] = residual[n][j][i] * inverse * w[j][i];
-            store_exact(v, absolute_max(v), kb, n, BATCH, lane, in.quants, in.sums, in.scale);
+            store_input(v, kb, n, lane, in);
         }
     }
 }
 
 // The activations that GATED left: 16-bit numbers [TOKENS][columns].
 __device__ __forceinline__ void take_inner(const unsigned short* inner, const Phase& p, const Inputs& in) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, jobs = p.n_kb * TOKENS;
-    for (int i = threadIdx.x; i < p.n_kb * 8; i += blockDim.x) if ((i & 7) >= BATCH) in.scale[i] = 0.f;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, blocks = super_blocks(p.n_kb, p.columns), jobs = blocks * TOKENS;
+    clear_inputs(in, blocks);
     for (int first = warp; first < jobs; first += WARPS * LOADS) {
         uint4 raw[LOADS];
         const unsigned short* at[LOADS];
@@ -296,112 +323,9 @@ __device__ __forceinline__ void take_inner(const unsigned short* inner, const Ph
             float v[8];
 #pragma unroll
             for (int i = 0; i < 8; i++) v[i] = unpack<BFLOAT_MODE>(w[i >> 1], i & 1);
-            store_exact(v, absolute_max(v), kb, n, BATCH, lane, in.quants, in.sums, in.scale);
+            store_input(v, kb, n, lane, in);
         }
     }
-}
-
-// ---- one token's tile ----
-//
-// With one token only two of the tensor cores' eight columns are in use. Here the four pairs of columns take four
-// sub-blocks: of sub-block s, columns 2 (s % 4) and the next have the activations and the others zeros, so one set of
-// sums holds four sub-blocks' dot products, each in the lanes (c = lane % 4) that then scale it: a quarter of the
-// multiplications. The lanes' results still have to be added; other types' tiles give zeros in the lanes with c > 0.
-
-template <class T>
-struct OneToken {
-    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
-        T::tile(t, x, kb, 2, lane, y);
-    }
-};
-
-__device__ __forceinline__ int own_byte(u32 word, int c) { return (word >> (8 * c)) & 0xff; }
-
-__device__ __forceinline__ void finish_one(const Activations& x, int kb, const float (&v)[4], float (&y)[4]) {
-    const float2 s = *(const float2*)(x.scale + kb * 8);
-    y[0] += s.x * v[0];
-    y[1] += s.y * v[1];
-    y[2] += s.x * v[2];
-    y[3] += s.y * v[3];
-}
-
-// Dot products of sub-blocks of 32: d[0] of 0 to 3, d[1] of 4 to 7, of rows g and g + 8, high and low.
-template <class Q>
-__device__ __forceinline__ void dots_of_32(const u8* t, const Activations& x, int kb, int lane, int (&d)[2][4]) {
-    const int c = lane & 3, pair = lane >> 3, n = (lane >> 2) & 1;
-    const typename Q::High high = Q::high(t, lane);
-    uint2 b[2];
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-        b[h] = *(const uint2*)(x.quants + ((((size_t)kb * 4 + 2 * h + (pair >> 1)) * 2 + n) * 4 + c) * 16 + (pair & 1) * 8);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[h][i] = 0;
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            Fragment f[2];
-            Q::get(t, 2 * h + j, lane, high, f[0], f[1]);
-#pragma unroll
-            for (int p = 0; p < 2; p++) {
-                const bool mine = pair == 2 * j + p;
-                mma_k32(d[h], f[p].a0, f[p].a1, f[p].a2, f[p].a3, mine ? b[h].x : 0u, mine ? b[h].y : 0u);
-            }
-        }
-    }
-}
-
-template <class Q>
-struct OneToken<Scaled32Minimum<Q>> {
-    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
-        const int g = lane >> 2, c = lane & 3;
-        const uint4 r0 = *(const uint4*)(t + Q::BYTES + g * 16), r1 = *(const uint4*)(t + Q::BYTES + (g + 8) * 16);
-        int d[2][4], m[4] = {0, 0, 0, 0};
-        dots_of_32<Q>(t, x, kb, lane, d);
-        minimums<8>(x, kb, 2, lane, c == 0 ? r0.z : c == 1 ? r0.w : 0u, c == 0 ? r1.z : c == 1 ? r1.w : 0u, m);
-        const int s0 = own_byte(r0.x, c), s1 = own_byte(r0.y, c), u0 = own_byte(r1.x, c), u1 = own_byte(r1.y, c);
-        const float2 f = halves(t + Q::BYTES + 256 + g * 4), h = halves(t + Q::BYTES + 256 + (g + 8) * 4);
-        const float v[4] = {f.x * (s0 * d[0][0] + s1 * d[1][0]) - f.y * m[0], f.x * (s0 * d[0][1] + s1 * d[1][1]) - f.y * m[1],
-                            h.x * (u0 * d[0][2] + u1 * d[1][2]) - h.y * m[2], h.x * (u0 * d[0][3] + u1 * d[1][3]) - h.y * m[3]};
-        finish_one(x, kb, v, y);
-    }
-};
-
-template <class Q>
-struct OneToken<Scaled16<Q, false>> {
-    static __device__ __forceinline__ void tile(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
-        const int g = lane >> 2, c = lane & 3, pair = lane >> 3, n = (lane >> 2) & 1;
-        const uint4 r0 = *(const uint4*)(t + Q::BYTES + g * 16), r1 = *(const uint4*)(t + Q::BYTES + (g + 8) * 16);
-        const typename Q::High high = Q::high(t, lane);
-        int acc[4] = {0, 0, 0, 0};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            Fragment f[2];
-            Q::get(t, j, lane, high, f[0], f[1]);
-            const u32 b = *(const u32*)(x.quants + ((((size_t)kb * 4 + j) * 2 + n) * 4 + c) * 16 + 4 * pair);
-            int d[4] = {0, 0, 0, 0};
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                const Fragment& q = f[s >> 1];
-                mma_k16(d, s & 1 ? q.a2 : q.a0, s & 1 ? q.a3 : q.a1, pair == s ? b : 0u);
-            }
-            const int k0 = (signed char)own_byte(word_of(r0, j), c), k1 = (signed char)own_byte(word_of(r1, j), c);
-            acc[0] += k0 * d[0];
-            acc[1] += k0 * d[1];
-            acc[2] += k1 * d[2];
-            acc[3] += k1 * d[3];
-        }
-        const u8* at = t + Q::BYTES + 256;
-        const float f = half_to_float(*(const unsigned short*)(at + g * 2)), h = half_to_float(*(const unsigned short*)(at + (g + 8) * 2));
-        const float v[4] = {f * acc[0], f * acc[1], h * acc[2], h * acc[3]};
-        finish_one(x, kb, v, y);
-    }
-};
-
-template <class T>
-__device__ __forceinline__ void tile_of(const u8* t, const Activations& x, int kb, int lane, float (&y)[4]) {
-    if (TOKENS == 1) OneToken<T>::tile(t, x, kb, lane, y);
-    else T::tile(t, x, kb, BATCH, lane, y);
 }
 
 // ---- sums over the block's warps ----
@@ -409,17 +333,13 @@ __device__ __forceinline__ void tile_of(const u8* t, const Activations& x, int k
 // Puts a warp's part of the block's job number `number`, of all its jobs, with the others':
 // partial [DEPTH][WARPS][2][TOKENS][16 rows]. True in the warp that came last: it has all of them. No warp waits, unless it
 // is DEPTH jobs ahead of another.
-__device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const float (&mine)[2][2], int number) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slot = number % DEPTH, n = lane & 3;
+__device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const Part (&mine)[2], int number) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, slot = number % DEPTH;
     while (fixed.done[slot] < number / DEPTH) {}
     __syncwarp();
     float* to = partial + ((size_t)slot * WARPS + warp) * 2 * TOKENS * ROWS;
-    if (n < TOKENS) {
-#pragma unroll
-        for (int part = 0; part < 2; part++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) to[(part * TOKENS + n) * ROWS + half * 8 + (lane >> 2)] = mine[part][half];
-    }
+    put_part(to, mine[0], lane);
+    put_part(to + TOKENS * ROWS, mine[1], lane);
     __syncwarp();
     int last = 0;
     if (lane == 0) {
@@ -454,9 +374,14 @@ __device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, 
         if (float_out) ((float*)out)[to] = sum;
         else ((unsigned short*)out)[to] = pack<BFLOAT_MODE>(sum);
     } else {
-        const size_t to = (phase == DOWN ? (size_t)RANKS * TOKENS * HIDDEN : 0) + ((size_t)rank * TOKENS + n) * HIDDEN + row;
+        const size_t of_rank = (size_t)n * HIDDEN + row, to = (phase == DOWN ? PART : 0) + rank * MAIL + of_rank;
+        if (RELAY) {
+            put(fixed.mailbox + (phase == DOWN ? MAIL : 0) + of_rank, sum);
+            put(fixed.places[rank] + to, sum);
+        } else {
 #pragma unroll
-        for (int r = 0; r < RANKS; r++) put(fixed.places[r] + to, sum);
+            for (int r = 0; r < RANKS; r++) put(fixed.places[r] + to, sum);
+        }
     }
 }
 
@@ -472,8 +397,10 @@ __device__ __forceinline__ void clear(uint4* at, size_t count, u32 value) {
 
 // mixed: [TOKENS][columns of OUTPUT], 16 bits. residual_in, residual_out: float [TOKENS][HIDDEN], two tensors that take
 // turns. out: [TOKENS][rows of NEXT], 16 bits, or float where float_out. places: for every rank the address of its float
-// [3 sets][2][RANKS][TOKENS][HIDDEN]. inner: 16-bit [3 sets][TOKENS][columns of DOWN]. steps: one integer on the device, the
-// count of steps modulo 3; a step launches this kernel `launches` times, and this is number `launch` of them.
+// [3 sets][2][RANKS][TOKENS][HIDDEN]; with RELAY so for this rank, for every other one that of its mailbox, float
+// [4 sets][2][TOKENS][HIDDEN], and last this rank's mailbox. inner: 16-bit [3 sets][TOKENS][columns of DOWN]. steps: one
+// integer on the device, the count of steps modulo 12; a step launches this kernel `launches` times, and this is number
+// `launch` of them.
 // widest: super-blocks of the phase with the most columns. longest: tiles of the warp with the most. HIDDEN and all columns
 // are multiples of 8.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
@@ -482,21 +409,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
           const float* __restrict__ post_ffn_norm, float eps, void* out, int float_out, int gelu, float* const* places,
           unsigned short* inner, const int* steps, int launches, int launch, int rank, int widest, int longest) {
     extern __shared__ __align__(128) u8 shared[];
-    constexpr int TILE = TYPE::TILE > TYPE_B::TILE ? TYPE::TILE : TYPE_B::TILE;
     u8* ring = shared;
-    u64* bars = (u64*)(ring + (size_t)WARPS * NSTAGES * TILE);
+    u64* bars = (u64*)(ring + (size_t)WARPS * NSTAGES * STAGE_BYTES);
     float* partial = (float*)(bars + WARPS * NSTAGES);  // see add_up
     Fixed& fixed = *(Fixed*)(partial + 2 * WARPS * 128);
-    float* scale = (float*)(shared + WARPS * NSTAGES * (TILE + 8) + 2 * WARPS * 512 + FIXED_BYTES);
+    const Inputs in = inputs_at(shared + WARPS * NSTAGES * (STAGE_BYTES + 8) + 2 * WARPS * 512 + FIXED_BYTES, widest);
     static_assert(sizeof(Fixed) <= FIXED_BYTES, "the host leaves too little room");
-    u8* quants = (u8*)(scale + widest * 8);
-    const Inputs in = {quants, quants + (size_t)widest * 256 * BATCH, scale};
-    u64* list = (u64*)(in.sums + (size_t)widest * 48 * BATCH) + (size_t)(threadIdx.x >> 5) * longest;
-    const Activations act = {in.quants, in.sums, in.scale};
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
 
     let_next_kernel_start();
-    u8* my_ring = ring + (size_t)warp * NSTAGES * TILE;
+    u8* my_ring = ring + (size_t)warp * NSTAGES * STAGE_BYTES;
     u64* my_bars = bars + warp * NSTAGES;
     if (lane == 0)
         for (int s = 0; s < NSTAGES; s++) barrier_init(my_bars + s);
@@ -514,11 +436,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     }
     __syncthreads();
     const Phase* phases = fixed.phases;
+    // The copies are NSTAGES tiles ahead of the sums.
+#if LISTED
+    u64* list = (u64*)end_of_inputs(in, widest) + (size_t)warp * longest;
     const int listed = list_tiles(fixed, list);
-    int ahead = 0;  // of the copies, NSTAGES tiles before the sums
+    int ahead = 0;
+#else
+    Ahead ahead = {0, 0, warp};
+#endif
     auto fill = [&](int stage) {
-        if (ahead < listed) fill_stage(my_ring + (size_t)stage * TILE, list[ahead], my_bars + stage, lane);
+        u8* target = my_ring + (size_t)stage * STAGE_BYTES;
+#if LISTED
+        if (ahead < listed) fill_stage(target, list[ahead], my_bars + stage, lane);
         ahead++;
+#else
+        if (settle(fixed, ahead)) {
+            const Phase& p = phases[ahead.phase];
+            Job job = job_at(p, ahead.phase, ahead.number);
+            int kb = ahead.kb;
+            if (kb >= p.n_kb) {
+                kb -= p.n_kb;
+                job.part = 1;
+            }
+            fill_stage(target, p, job.part, job.group, kb, my_bars + stage, lane);
+            ahead.kb += WARPS;
+        }
+#endif
 #if HAS_ASYNC && !HAS_BULK
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
@@ -526,10 +469,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     for (int s = 0; s < NSTAGES; s++) fill(s);
 
     // The count of steps was there before the step's first kernel.
-    constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN;
     const int set = (*(volatile const int*)steps * (launches % 3) + launch) % 3, stale = (set + 2) % 3;
     const size_t inner_size = (size_t)TOKENS * phases[DOWN].columns;
-    if (threadIdx.x < RANKS) fixed.places[threadIdx.x] = places[threadIdx.x] + set * 2 * PART;
+    const int post = (*(volatile const int*)steps * (launches % 4) + launch) % 4;  // set of mail
+    if (threadIdx.x < RANKS)
+        fixed.places[threadIdx.x] = places[threadIdx.x] + (RELAY && (int)threadIdx.x != rank ? post * 2 * MAIL : set * 2 * PART);
+    if (RELAY && threadIdx.x == 0) fixed.mailbox = places[RANKS] + post * 2 * MAIL;
     unsigned short* my_inner = inner + set * inner_size;
     wait_for_previous_kernel();
     float residual[TOKENS][ITEMS][8];
@@ -549,11 +494,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     for (int phase = 0; phase < PHASES; phase++) {
         const Phase& p = phases[phase];
         if (phase == OUTPUT) {
-            quantise<true, BFLOAT_MODE>(mixed, p.columns, p.offset, p.n_kb, TOKENS, in.quants, in.sums, in.scale);
+            take_mixed(mixed, p.columns, p.offset, super_blocks(p.n_kb, p.columns), in);
         } else if (phase == DOWN) {
             take_inner(my_inner, p, in);
         } else {
             const bool last = phase == NEXT;
+            if (RELAY) fetch_mail(fixed, rank, last);
             add_and_norm(residual, fixed.places[rank] + (last ? PART : 0), last ? next_norm : ffn_norm,
                          last ? post_ffn_norm : post_attention_norm, eps, in, fixed, turn);
         }
@@ -566,13 +512,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         int kb = warp;
         for (int number = 0; number < jobs; number++, job_number++) {
             const Job job = job_at(p, phase, number);
-            // Columns of high and low parts are neighbours in a lane: lanes of column pair n hold token n.
-            float mine[2][2];
+            Part mine[2] = {};
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                mine[part][0] = mine[part][1] = 0.f;
                 if (part == 1 && phase != GATED) break;
-                float acc[4] = {0.f, 0.f, 0.f, 0.f};
+                Sums sums;
                 const bool second = (p.kinds >> (job.part + part)) & 1;
                 for (; kb < n_kb; kb += WARPS) {
 #if HAS_BULK
@@ -581,23 +525,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                     asm volatile("cp.async.wait_group %0;" ::"n"(NSTAGES - 1) : "memory");
                     __syncwarp();
 #endif
-                    const u8* tile = my_ring + (size_t)stage * TILE;
-                    if (second) tile_of<TYPE_B>(tile, act, kb, lane, acc);
-                    else tile_of<TYPE>(tile, act, kb, lane, acc);
+                    const u8* tile = my_ring + (size_t)stage * STAGE_BYTES;
+                    sums.add(tile, second, in, kb, p.columns, lane);
                     __syncwarp();
                     fill(stage);
                     if (++stage == NSTAGES) { stage = 0; parity ^= 1; }
                 }
                 kb -= n_kb;
-                mine[part][0] = acc[0] + acc[1];
-                mine[part][1] = acc[2] + acc[3];
-                if (TOKENS == 1) {
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        mine[part][half] += __shfl_xor_sync(0xffffffff, mine[part][half], 1);
-                        mine[part][half] += __shfl_xor_sync(0xffffffff, mine[part][half], 2);
-                    }
-                }
+                mine[part] = part_of(sums, lane);
             }
             if (add_up(fixed, partial, mine, job_number)) {
                 finish_rows(fixed, partial, p, job, phase, job_number, my_inner, out, float_out, gelu, rank);
@@ -610,6 +545,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             }
         }
         __syncthreads();  // the activations are not needed any more
+        if (RELAY && phase == NEXT) clear((uint4*)(fixed.mailbox + ((post + 2) % 4 - post) * (int)(2 * MAIL)), 2 * MAIL / 4, NOTHING);
         if (phase == NEXT && blockIdx.x == 0) {
 #pragma unroll
             for (int n = 0; n < TOKENS; n++)
