@@ -12,6 +12,7 @@ from multitensor.kernels import reference
 from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.peer_memory import PeerMemory
 from multitensor.parallel.reduction import Reduction
+from multitensor.parallel.wire import WireName
 
 
 class Group(ABC):
@@ -63,9 +64,12 @@ class Group(ABC):
         """Collective, once, after `open_peer_memory`: where there is no peer memory, sets `host_memory` to a mailbox
         of so many bytes a rank, or `no_host_memory` to the reason why not."""
 
-    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:  # noqa: B027
-        """Collective, after `open_peer_memory`: decides by timing how sums of few rows [T, hidden] travel, the hidden
-        states being `dtype`. vocabulary: columns of each rank's logits."""
+    def choose_reductions(  # noqa: B027 - most groups have no choice
+        self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype, wire: WireName = "exact"
+    ) -> None:
+        """Collective, after `open_peer_memory` and `open_host_memory`: decides by timing how sums of rows [T, hidden]
+        travel, the hidden states being `dtype`. vocabulary: columns of each rank's logits. wire: of large sums through
+        the host's memory."""
 
     def fuses(self, partial: torch.Tensor, residual: torch.Tensor) -> bool:
         """Whether `reduce_add_norm_into` is one launch for such tensors."""
@@ -73,9 +77,12 @@ class Group(ABC):
 
     def describe_reductions(self) -> dict[str, Any]:
         """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; warning: what
-        people should be told of that, or None; microseconds: by number of rows and way, as timed, with the norm."""
+        people should be told of that, or None; microseconds: by number of rows and way, as timed, with the norm.
+        large: how sums of many rows travel; large_why: why not through the host's memory, where there is some;
+        large_microseconds: as timed, without the norm."""
         small = "none" if self.size == 1 else "host memory"
-        return {"small": small, "why": None, "warning": None, "microseconds": {}}
+        told: dict[str, Any] = {"small": small, "why": None, "warning": None, "microseconds": {}}
+        return {**told, "large": small, "large_why": None, "large_microseconds": {}}
 
     def abort(self, reason: str) -> None:  # noqa: B027 - a group of one has nobody to tell
         """Makes every other rank's pending and future calls raise RankFailed, where the backend can. Does not wait."""

@@ -8,7 +8,7 @@ have also come out right, bit for bit, on these GPUs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,6 +20,7 @@ from multitensor.errors import DoesNotFit
 from multitensor.kernels.cuda.reduce import PATIENCE_SECONDS, PeerGather, PeerReduction
 from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.rank_memory import RankMemory
+from multitensor.parallel.trials import NO_ANSWER, TRIAL_MS, failure_of, first_reason
 from multitensor.sharding.memory import PEER_GATHER_TOKENS, PEER_TOKENS
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 TRIALS = (1, 8, PEER_TOKENS)  # numbers of tokens that are timed; others go as the next larger one
 _CALLS = 20
 _REPLAYS = 5
-_TRIAL_MS = 5000  # for a sum that is only tried: after that the way is given up, not the process
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,10 @@ class PeerReductions:
         everyone: list[Any] = group.gather_objects((by_nccl, by_gather))
         return max(own for _, own in everyone) < max(nccl for nccl, _ in everyone)
 
+    def _prepare(self, dtype: torch.dtype) -> None:
+        for variant in self._variants.values():
+            variant.prepare(dtype, torch.float32)
+
     def _tried(self, group: Group, dtype: torch.dtype) -> str | None:
         """Whether sums and gathers come out right, and within a time: None, or which rank found what wrong. Before
         anything is chosen, so that the group itself goes through NCCL."""
@@ -114,10 +118,11 @@ class PeerReductions:
                 partial(_wrong_gather, group, self._gather, tokens) for tokens in (1, PEER_GATHER_TOKENS, 1, 1, 1)
             ]
         for part in parts:
-            part.limit_ms = -_TRIAL_MS
-        reason = _first_reason(group, lambda: _wrong_build(self._variants.values(), dtype))
+            part.limit_ms = -TRIAL_MS
+        # Compiling must not fail in one rank while others wait for it.
+        reason = first_reason(group, partial(failure_of, partial(self._prepare, dtype)))
         for trial in trials:
-            reason = reason or _first_reason(group, trial)  # the same on all ranks, so all stop at the same trial
+            reason = reason or first_reason(group, trial)  # the same on all ranks, so all stop at the same trial
         for part in parts:
             part.limit_ms = int(1000 * PATIENCE_SECONDS)
         return reason
@@ -168,24 +173,6 @@ class PeerReductions:
         return Timing(tokens, nccl, dict(zip(self._variants, peer, strict=True)))
 
 
-def _first_reason(group: Group, trial: Callable[[], str | None]) -> str | None:
-    """What the first rank found wrong; None where all is well."""
-    for rank, reason in enumerate(group.gather_objects(trial())):
-        if reason is not None:
-            return f"through host memory rank {rank} got {reason}"
-    return None
-
-
-def _wrong_build(variants: Iterable[PeerReduction], dtype: torch.dtype) -> str | None:
-    """Before ranks wait for each other."""
-    try:
-        for variant in variants:
-            variant.prepare(dtype, torch.float32)
-    except Exception as error:  # of whatever kind the compiler's are
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return None
-
-
 def _wrong_sum(group: Group, variant: PeerReduction, number: int, tokens: int, dtype: torch.dtype) -> str | None:
     """What is wrong with a sum of random numbers, of which NCCL brings every rank's."""
     shape, device = (tokens, variant.hidden), variant.device
@@ -200,7 +187,7 @@ def _wrong_sum(group: Group, variant: PeerReduction, number: int, tokens: int, d
     variant.reduce_add_norm(own, residual, torch.ones(variant.hidden, device=device), 1e-5, out)
     norm = wanted * torch.rsqrt(wanted.square().mean(dim=-1, keepdim=True) + 1e-5)
     if variant.given_up:
-        return f"no answer within {_TRIAL_MS / 1000:g} s"
+        return NO_ANSWER
     if not torch.equal(residual, wanted) or not torch.allclose(out.float(), norm, rtol=1e-2, atol=1e-2):
         return f"a wrong sum of {tokens} rows"
     return None
@@ -214,7 +201,7 @@ def _wrong_gather(group: Group, gather: PeerGather, tokens: int) -> str | None:
     out = torch.empty_like(wanted)
     gather.gather(local, out)
     if gather.given_up:
-        return f"no answer within {_TRIAL_MS / 1000:g} s"
+        return NO_ANSWER
     return None if torch.equal(out, wanted) else f"a wrong gather of {tokens} rows"
 
 

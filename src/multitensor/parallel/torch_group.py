@@ -22,10 +22,12 @@ from multitensor.errors import InputError
 from multitensor.kernels.cuda.reduce import PeerReduction
 from multitensor.parallel.group import Group, SingleGroup, check_gather, wire_dtype
 from multitensor.parallel.host_memory import open_host_memory
+from multitensor.parallel.large_choice import LargeChoice, make_large_choice
 from multitensor.parallel.peer_memory import PeerMemory, open_peer_memory
 from multitensor.parallel.peer_probe import PeerProbe
 from multitensor.parallel.peer_reductions import PeerReductions, make_peer_reductions
 from multitensor.parallel.reduction import Reduction
+from multitensor.parallel.wire import WireName
 
 _LOADING = timedelta(hours=24)  # ranks may load for very different times; the engine, not a timeout, ends the hopeless
 _NOT_ASKED = "not asked for"
@@ -64,6 +66,7 @@ class TorchGroup(Group):
         self._p2p = p2p
         self._probe: PeerProbe | None = None
         self._peers: PeerReductions | str = _NOT_ASKED
+        self._large: LargeChoice | str = _NOT_ASKED
         self._side: torch.cuda.Stream | None = None
         self.overlaps = backend == "nccl"
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
@@ -131,14 +134,25 @@ class TorchGroup(Group):
         finally:
             self._store.set_timeout(_LOADING)
 
-    def choose_reductions(self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype) -> None:
+    def choose_reductions(
+        self, hidden: int, vocabulary: Sequence[int], dtype: torch.dtype, wire: WireName = "exact"
+    ) -> None:
         self._peers = make_peer_reductions(self, hidden, vocabulary, dtype)
+        self._large = make_large_choice(self, hidden, dtype, wire)
 
     def fuses(self, partial: torch.Tensor, residual: torch.Tensor) -> bool:
         return self._peers_for(partial, residual) is not None
 
     def describe_reductions(self) -> dict[str, Any]:
         name = "NCCL" if self.backend == "nccl" else self.backend
+        large: dict[str, Any] = {"large": name, "large_why": None, "large_microseconds": {}}
+        if not isinstance(self._large, str):
+            large |= self._large.describe(name)
+        elif self.host_memory is not None:
+            large["large_why"] = self._large
+        return {**self._describe_small(name), **large}
+
+    def _describe_small(self, name: str) -> dict[str, Any]:
         if not isinstance(self._peers, str) and self.host_memory is None:
             return self._peers.describe(name)
         told: dict[str, Any] = {"small": name, "why": self._peers, "warning": None, "microseconds": {}}
@@ -214,13 +228,17 @@ class TorchGroup(Group):
         return None if isinstance(self._peers, str) else self._peers.reduction(partial, residual)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """NCCL: in x's own type, in place. gloo: every rank adds all parts in rank order, in float32."""
+        """NCCL: in x's own type, in place; large ones through the host's memory, where that has been chosen. gloo:
+        every rank adds all parts in rank order, in float32."""
         if x.numel() == 0:
             return x
         if self.backend == "nccl":
             x = x.contiguous()
-            dist.all_reduce(x)
-            return x
+            chunk = None if isinstance(self._large, str) else self._large.chunk_for(x)
+            if isinstance(self._large, str) or chunk is None or torch.cuda.is_current_stream_capturing():
+                dist.all_reduce(x)
+                return x
+            return self._large.all_reduce(x, chunk)
         parts = self._gather_equal(x.to("cpu", wire_dtype(x.dtype)))
         total = parts[0]
         for part in parts[1:]:
@@ -269,7 +287,7 @@ class TorchGroup(Group):
     def close(self) -> None:
         if self._open:
             self._open = False
-            self._peers, self.peer_memory = "the group is closed", None
+            self._peers, self._large, self.peer_memory = "the group is closed", "the group is closed", None
             if self.host_memory is not None:
                 torch.cuda.synchronize(self.device)
                 self.host_memory.close()

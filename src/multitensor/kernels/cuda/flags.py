@@ -14,7 +14,8 @@ class Flags:
     on instead, and `late` counts that."""
 
     def __init__(self, rank: int, device: torch.device) -> None:
-        self.rank, self.limit_ms = rank, int(1000 * PATIENCE_SECONDS)
+        self.rank, self.patience_ms = rank, int(1000 * PATIENCE_SECONDS)
+        self.limit_ms = self.patience_ms
         self._late = torch.zeros(1, dtype=torch.int32, device=device)
         program = Program("flags.cu", {}, device)
         self._raise, self._await = program.kernel("raise_flag"), program.kernel("await_flags")

@@ -1,0 +1,114 @@
+"""When sums of many rows go through the host's memory, and how a way that sums wrongly is found out."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from thread_lanes import ThreadLanes, mailboxes
+
+from multitensor.parallel.large_choice import CHUNKS, ROWS, LargeChoice, LargeTiming, _wrong_sum, decide
+from multitensor.parallel.large_sums import LargeSums
+from multitensor.parallel.local_group import LocalGroup
+from multitensor.parallel.trials import failure_of, first_reason
+from multitensor.parallel.wire import WireName
+
+SLOT_BYTES = 1 << 17  # what trials use
+HALF = torch.float16
+
+
+def test_from_the_rows_on_where_it_is_faster_for_good() -> None:
+    small, large = CHUNKS
+    timings = [
+        LargeTiming(128, 90e-6, {small: 80e-6, large: 85e-6}),
+        LargeTiming(512, 200e-6, {small: 250e-6, large: 210e-6}),
+        LargeTiming(2048, 900e-6, {small: 500e-6, large: 400e-6}),
+    ]
+    assert decide(timings) == [(2048, large)]
+    timings[1] = LargeTiming(512, 200e-6, {small: 150e-6, large: 190e-6})
+    assert decide(timings) == [(128, small), (512, small), (2048, large)]
+    assert decide([*timings[:2], LargeTiming(2048, 300e-6, {small: 500e-6})]) == []
+
+
+seconds = st.floats(1e-6, 1e-2)
+
+
+@given(st.lists(st.tuples(seconds, seconds, seconds), min_size=len(ROWS), max_size=len(ROWS)))
+def test_what_is_chosen_was_never_slower(table: list[tuple[float, float, float]]) -> None:
+    timings = [
+        LargeTiming(n, nccl, dict(zip(CHUNKS, own, strict=True))) for n, (nccl, *own) in zip(ROWS, table, strict=True)
+    ]
+    chosen = decide(timings)
+    assert [rows for rows, _ in chosen] == list(ROWS[len(ROWS) - len(chosen) :])
+    by_rows = {timing.rows: timing for timing in timings}
+    assert all(by_rows[rows].host[chunk] < by_rows[rows].nccl for rows, chunk in chosen)
+
+
+def test_which_tensors_go_that_way() -> None:
+    choice = LargeChoice(Any, 64, HALF, "exact")  # type: ignore[arg-type]
+    assert choice.chunk_for(torch.empty(4096, 64, dtype=HALF)) is None
+    assert choice.describe("NCCL") == {"large": "NCCL", "large_why": "NCCL is faster here", "large_microseconds": {}}
+    choice._chosen = [(128, 1), (512, 2)]
+    rows = {127: None, 128: 1, 511: 1, 512: 2, 9000: 2}
+    assert {n: choice.chunk_for(torch.empty(n, 64, dtype=HALF)) for n in rows} == rows
+    assert choice.chunk_for(torch.empty(64, 64)) == 1  # twice the bytes a number
+    assert choice.chunk_for(torch.empty(9000, 64, dtype=torch.int64)) is None
+    assert choice.describe("NCCL")["large"] == "host memory from 128 rows on"
+
+
+class Forgetful(LargeSums):
+    """Rank 1 leaves out its own part of the second chunk."""
+
+    def _total(self, chunk: Any, own: torch.Tensor) -> torch.Tensor:
+        return super()._total(chunk, own * 0 if chunk.number == 1 and self._memory.rank == 1 else own)
+
+
+def trial(kind: type[LargeSums], size: int, wire: WireName, late: int = 0) -> list[str | None]:
+    """What every rank says of a trial sum, its lanes being threads."""
+    groups, memories = LocalGroup.make(size), mailboxes(size, 8 * SLOT_BYTES + 4096)
+    lanes = [ThreadLanes(memory) for memory in memories]
+
+    def one(rank: int) -> str | None:
+        groups[rank].host_memory = memories[rank]
+        sums = kind(lanes[rank], memories[rank], slots=4, slot_bytes=SLOT_BYTES, wire=wire)
+        lanes[rank].flags = sums.flags
+        groups[rank].barrier()
+        watch: Any = SimpleNamespace(flags=SimpleNamespace(late=late))
+        return first_reason(groups[rank], lambda: _wrong_sum(groups[rank], watch, sums, HALF, 70000 * size, wire))
+
+    try:
+        with ThreadPoolExecutor(size) as pool:
+            return list(pool.map(one, range(size)))
+    finally:
+        for lane in lanes:
+            lane.close()
+
+
+@pytest.mark.parametrize("wire", ["exact", "q8"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_trial_passes_what_is_right(size: int, wire: WireName) -> None:
+    assert trial(LargeSums, size, wire) == [None] * size
+
+
+@pytest.mark.parametrize("wire", ["exact", "q8"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_trial_finds_what_is_wrong(size: int, wire: WireName) -> None:
+    found = trial(Forgetful, size, wire)
+    assert len(set(found)) == 1 and "got a wrong sum of" in str(found[0])
+
+
+def test_a_trial_that_waited_in_vain() -> None:
+    assert trial(LargeSums, 2, "exact", late=1) == ["through host memory rank 0 got no answer within 2 s"] * 2
+
+
+def test_failures_are_one_line() -> None:
+    def fails() -> None:
+        raise RuntimeError("no\n  compiler")
+
+    assert failure_of(fails) == "RuntimeError: no compiler"
+    assert failure_of(lambda: None) is None
