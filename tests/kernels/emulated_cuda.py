@@ -1,0 +1,198 @@
+"""Runs the CUDA C++ sources on a CPU, built by the machine's own C++ compiler with simt.h in place of a GPU.
+
+PTX statements become calls of simt.h; one that is not known here is an error. What this shows: arithmetic, indices, and
+whether exchanges between threads, blocks and ranks hold at any speeds. What it does not show: missing fences, races
+within an instruction, speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multitensor.kernels.cuda.program import source_text
+
+_HERE = Path(__file__).parent
+_DRIVER = """
+extern "C" int run(int ranks, int launches, int blocks, size_t shared_bytes, void* const* arguments, unsigned seed) {
+    std::vector<std::vector<Launch>> all(ranks);
+    for (int i = 0; i < ranks * launches; i++) {
+        void* const* a = arguments + (size_t)i * COUNT;
+        all[i / launches].push_back({blocks, NWARPS * 32, shared_bytes, [a] { call(KERNEL, a); }});
+    }
+    return run_ranks(all, seed);
+}
+"""
+_CALL = """
+template <class... Types, size_t... I>
+void spread(void (*kernel)(Types...), void* const* a, std::index_sequence<I...>) { kernel(*(Types*)a[I]...); }
+template <class... Types>
+void call(void (*kernel)(Types...), void* const* a) {
+    static_assert(sizeof...(Types) == COUNT, "as many arguments as the kernel has");
+    spread(kernel, a, std::index_sequence_for<Types...>());
+}
+"""
+
+# Of a PTX statement, by how it begins (white space and labels aside): its operands -> C++.
+_Translation = Callable[..., str]
+_PTX: dict[str, _Translation] = {
+    "cvt.f32.f16": lambda to, x: f"{to} = half_bits_to_float({x});",
+    "cvt.rn.f16.f32": lambda to, x: f"{to} = float_to_half_bits({x});",
+    "griddepcontrol.": lambda: "",
+    "fence.proxy.async": lambda: "",
+    "trap": lambda: "abort();",
+    "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
+    "mbarrier.init": lambda at: f"copy_barrier_init(at_shared({at}), 1);",
+    "mbarrier.arrive.expect_tx": lambda at, size: f"copy_expect(at_shared({at}), {size});",
+    "cp.async.bulk.shared": lambda to, source, size, at: (
+        f"copy_bulk(at_shared({to}), {source}, {size}, at_shared({at}));"
+    ),
+    "mbarrier.try_wait.parity": lambda at, parity: f"copy_wait(at_shared({at}), {parity});",
+    "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32": lambda *o: _multiply_add(
+        o[:4], (o[4], o[5], "0", "0", o[6], "0")
+    ),
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": lambda *o: _multiply_add(o[:4], o[4:]),
+    "ld.volatile.global.v4.u32": lambda x, y, z, w, at: (
+        f"const uint4 four = *(const uint4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
+    ),
+    "st.volatile.global.f32": lambda at, x: f"*({at}) = {x}; progress++;",
+    "st.volatile.global.u16": lambda at, x: f"*({at}) = {x}; progress++;",
+    "st.volatile.global.v4.u32": lambda at, *v: f"*(uint4*)({at}) = make_uint4({', '.join(v)}); progress++;",
+}
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
+
+
+def build(
+    sources: tuple[str, ...], defines: Mapping[str, object], kernel: str, count: int, folder: Path
+) -> ctypes.CDLL:
+    """The kernel of that name, with `count` arguments, as `run(ranks, launches, blocks, shared bytes, addresses of
+    every argument of every launch of every rank, seed)`: 0, or 1 where all threads wait for ever."""
+    program = source_text(sources, defines)
+    head = program[: program.index("//")]  # the defines, which simt.h does not know
+    text = "\n".join(
+        (
+            '#include "simt.h"\n#include <utility>',
+            head + to_host(program[len(head) :]),
+            f"#define COUNT {count}\n#define KERNEL {kernel}",
+            _CALL + _DRIVER,
+        )
+    )
+    cpp, library = folder / f"{kernel}.cpp", folder / f"{kernel}.so"
+    cpp.write_text(text)
+    options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{_HERE}"]
+    found = compiler()
+    assert found is not None
+    result = subprocess.run([found, *options, str(cpp), "-o", str(library)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:4000]
+    loaded = ctypes.CDLL(str(library))
+    loaded.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint]
+    return loaded
+
+
+def to_host(text: str) -> str:
+    """CUDA C++ -> C++. Shared memory comes from the running block; a loop that only waits lets others run."""
+    text = re.sub(r"extern __shared__ [^;]*?(\w+)\s+(\w+)\[\];", r"\1* \2 = running->block->shared;", text)
+    text = re.sub(r"(while \([^\n]*\)) \{\}", r"\1 pause_();", text)
+    pieces, at = [], 0
+    for match in re.finditer(r"\basm(?: volatile)?\(", text):
+        end = _closing(text, match.end())
+        pieces += [text[at : match.start()], "{ " + _translated(text[match.end() : end]) + " }"]
+        at = text.index(";", end) + 1
+    return "".join([*pieces, text[at:]])
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the parenthesis that opened before `at` closes."""
+    depth, quoted = 1, False
+    while True:
+        letter = text[at]
+        if letter == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return at
+        at += 1
+
+
+def _translated(statement: str) -> str:
+    """'"text" : outputs : inputs : clobbers' -> C++; the text may be several literals."""
+    literals = re.match(r'\s*((?:"[^"]*"\s*)+)', statement)
+    assert literals is not None, statement
+    ptx = " ".join(re.findall(r'"([^"]*)"', literals.group(1))).replace("\\n", " ")
+    operands, at = [], literals.end()
+    for match in re.finditer(r'"[=+]?[a-z]"\(', statement[at:]):
+        start = at + match.end()
+        operands.append(statement[start : _closing(statement, start)])
+    words = re.sub(r"\s+", " ", ptx).strip()
+    waiting = re.search(r"mbarrier\.try_wait\S*", words)
+    words = waiting.group(0) if waiting else words
+    for beginning, translate in _PTX.items():
+        if words.startswith(beginning):
+            return translate(*operands)
+    return f"UNKNOWN_PTX({words.split(';')[0]})"  # does not compile, where it is compiled at all
+
+
+def _multiply_add(d: tuple[str, ...], rest: tuple[str, ...]) -> str:
+    names = " ".join(f"{x} = four[{i}];" for i, x in enumerate(d))
+    return f"int four[4] = {{{', '.join(d)}}}; multiply_add(four, {', '.join(rest)}); {names}"
+
+
+@dataclass
+class Asked:
+    """A program that the Python side asked for, in place of program.Program: give it to `emulated`."""
+
+    sources: tuple[str, ...]
+    defines: dict[str, object]
+    device: object = None
+
+    def kernel(self, name: str) -> tuple[Asked, str]:
+        return self, name
+
+
+@dataclass
+class Queue:
+    """Takes launches in place of program.launch, and runs those of several ranks beside each other."""
+
+    folder: Path
+    launches: list[tuple[Any, ...]] = field(default_factory=list)
+    libraries: dict[str, ctypes.CDLL] = field(default_factory=dict)
+
+    def launch(self, kernel: Any, grid: int, threads: int, shared: int, arguments: tuple[Any, ...], **_: Any) -> None:
+        self.launches.append((*kernel, grid, shared, arguments))
+
+    def run(self, ranks: int, seed: int) -> bool:
+        """All that was launched, in equal parts by rank, each rank's in a row. False: they wait for each other for
+        ever. All must be of one kernel."""
+        program, name, grid, shared, first = self.launches[0]
+        key = repr((program.sources, program.defines))
+        if key not in self.libraries:
+            place = self.folder / str(len(self.libraries))
+            place.mkdir()
+            self.libraries[key] = build(program.sources, program.defines, name, len(first), place)
+        values = [[_c_value(a) for a in arguments] for *_, arguments in self.launches]
+        flat = [ctypes.addressof(value) for row in values for value in row]
+        table = (ctypes.c_void_p * len(flat))(*flat)
+        each = len(self.launches) // ranks
+        shared = max(launch[3] for launch in self.launches)
+        result = self.libraries[key].run(ranks, each, grid, shared, ctypes.addressof(table), seed)
+        self.launches.clear()
+        return bool(result == 0)
+
+
+def _c_value(value: Any) -> Any:
+    """As program.launch passes it."""
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)
