@@ -136,6 +136,22 @@ class Kernels:
         tokens, size = x.shape[0], projection.head_dim
         products = self.linears(x, projection.weights, projection.biases)
         q, k, v = (y.view(tokens, y.shape[1] // size, size) for y in products)
+        return self.place_heads(q, k, v, projection, cos, sin, k_cache, v_cache, slot_mapping)
+
+    def place_heads(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        projection: Projection,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        slot_mapping: torch.Tensor,
+    ) -> torch.Tensor:
+        """What `project` does with its products q [T, query heads, head_dim] and k, v [T, KV heads, head_dim], which
+        may be overwritten."""
         if projection.q_norm is not None and projection.k_norm is not None:
             q = self.rms_norm(q, projection.q_norm, projection.eps)
             k = self.rms_norm(k, projection.k_norm, projection.eps)
