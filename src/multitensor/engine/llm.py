@@ -213,10 +213,11 @@ class LLM:
             return engine.call("memory")
 
     def reductions(self) -> dict[str, Any]:
-        """How sums over ranks travel. "small": those of a decode step, over peer memory or through NCCL, "none" with
-        one rank; "why": why not over peer memory, or None; "warning": what of it is worth one, or None; "microseconds":
-        what both took when the ranks started; "overlapped_from": tokens of a step from which its sums travel while
-        products are computed, None where they never do."""
+        """How sums over ranks travel. "small": those of a decode step, over peer memory, the host's or through NCCL,
+        "none" with one rank; "why": why not over peer memory, or None; "warning": what of it is worth one, or None;
+        "microseconds": what the ways took when the ranks started; "large", "large_why", "large_microseconds": the same
+        of sums of many tokens, where the host's memory was tried; "overlapped_from": tokens of a step from which its
+        sums travel while products are computed, None where they never do."""
         with self._exclusive() as engine:
             return engine.call("reductions")[0]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from multitensor.config import EngineConfig
+from multitensor.config import Q8_WIRE, EngineConfig
 from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
 from multitensor.engine.executor import Progress
 from multitensor.engine.rank_clock import RankClock
@@ -26,6 +26,7 @@ from multitensor.model.decoder import Decoder
 from multitensor.model.linear import joint_matrices
 from multitensor.model.row_cuts import OVERLAP_TOKENS, row_cut, uncut
 from multitensor.parallel.group import Group
+from multitensor.parallel.wire import WireName
 from multitensor.sharding.memory import host_memory_bytes, peer_memory_bytes
 from multitensor.sharding.plan import Plan
 
@@ -147,7 +148,8 @@ class ModelRunner:
             vocabulary = tuple(rank.vocabulary.size for rank in self.plan.ranks)
             self.group.open_peer_memory(peer_memory_bytes(self.plan))
             self.group.open_host_memory(host_memory_bytes(self.plan))
-            self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype)
+            wire: WireName = "q8" if Q8_WIRE in self.config.experimental else "exact"
+            self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype, wire)
         self._graphs = self._decode_graphs()
         stages.end("reductions")
         self.group.barrier()

@@ -1,0 +1,94 @@
+"""Large sums through the host's memory on real GPUs, in processes of their own: a wait in vain ends its process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multitensor import LLM, SamplingParams
+from synthetic import write_gguf
+
+RANKS = Path(__file__).parent / "host_sum_ranks.py"
+SECONDS = 150
+
+
+def answers(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
+    """What each of these ranks, started together, prints at its end."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(RANKS), *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for command in commands
+    ]
+    try:
+        ended = [process.communicate(timeout=SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, ended, strict=True):
+        assert process.returncode == 0, errors[-2000:]
+    return [json.loads(printed.strip().splitlines()[-1]) for printed, _ in ended]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("wire", ["exact", "q8"])
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_ranks_on_one_gpu(size: int, wire: str) -> None:
+    (report,) = answers(("together", size, wire))
+    assert not report["wrong"], report["wrong"][:10]
+
+
+@pytest.mark.gpu2
+@pytest.mark.parametrize("wire", ["exact", "q8"])
+def test_two_gpus(tmp_path: Path, wire: str) -> None:
+    """The group's own trial and times, then sums of all types and sizes beside products."""
+    reports = answers(*(("rank", rank, 2, tmp_path / "store", wire) for rank in range(2)))
+    for report in reports:
+        print({key: report[key] for key in ("seconds", "why", "reductions")})
+        assert not report["wrong"], report["wrong"][:10]
+    assert reports[0]["digest"] == reports[1]["digest"], "the ranks' bits differ"
+    assert set(reports[0]["reductions"]["large_microseconds"]) == {"128", "512", "2048"}
+
+
+@pytest.mark.gpu2
+def test_a_rank_that_is_gone_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    first, last = answers(*(("dies", rank, 2, tmp_path / "store") for rank in range(2)))
+    assert last["error"] == "left"
+    assert first["error"] is not None and 0.5 < first["seconds"] < 60, first
+
+
+@pytest.mark.gpu2
+def test_a_long_prompt_is_the_same_without_peer_memory(tmp_path: Path) -> None:
+    path = write_gguf(
+        tmp_path / "model.gguf",
+        hidden=1024,
+        ffn=1536,
+        n_layers=2,
+        n_heads=16,
+        n_kv_heads=4,
+        head_dim=64,
+        vocab=1024,
+        types="Q8_0",
+    )
+    prompt = [(7 * i * i + 3 * i) % 1000 for i in range(3000)]
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    found = {}
+    for p2p, tried in ((None, ()), (False, ()), (False, ("q8-wire",))):
+        options: dict[str, Any] = {"dtype": "float16", "max_model_len": 4096, "p2p": p2p, "experimental": tried}
+        with LLM(path, devices="cuda:0,cuda:1", **options) as llm:
+            told = llm.reductions()
+            print(p2p, tried, {key: told[key] for key in ("large", "large_why", "large_microseconds")})
+            best = llm.score(prompt, top=1)
+            found[p2p, tried] = [position.top_logprobs[0] for position in best]
+            llm.generate([prompt], params)
+            assert llm.verify()["ok"]
+    wanted = found[None, ()]
+    exact = max(abs(a - b) for a, b in zip(wanted, found[False, ()], strict=True))
+    assert exact < 0.05, exact
+    loose = sum(abs(a - b) for a, b in zip(wanted, found[False, ("q8-wire",)], strict=True)) / len(wanted)
+    assert loose < 0.05, loose
