@@ -35,7 +35,7 @@ class Trials:
     def best(self, family: str, key: Hashable, plain: Job, ours: Mapping[str, Job]) -> str:
         """Name of the fastest right way of `ours`, or PLAIN; tried when `key`, with the family, is new.
 
-        family: what is distrusted together, in words, for the message. Jobs' tensors are of one float type."""
+        family: what is distrusted together, in words, for the message."""
         if family in self._distrusted:
             return PLAIN
         known = self._choices.get((family, key))
@@ -80,7 +80,9 @@ class Trials:
 
 
 def agree(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool:
-    """Whether all are finite and differ by roundings of their type at most."""
+    """Whether all are finite and differ by roundings at most: of the roughest type among them, which the numbers of
+    the others may have passed through."""
+    tolerance = max(TOLERANCE[right.dtype] for right in expected)
     for mine, right in zip(got, expected, strict=True):
         if mine.shape != right.shape or mine.dtype != right.dtype:
             return False
@@ -89,7 +91,7 @@ def agree(got: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> bool
         largest = right.abs().max().float()
         error = (mine.float() - right.float()).abs().max()
         # Written so that NaN anywhere is no agreement.
-        if not bool(error <= TOLERANCE[right.dtype] * largest) or not bool(torch.isfinite(largest)):
+        if not bool(error <= tolerance * largest) or not bool(torch.isfinite(largest)):
             return False
     return True
 
