@@ -126,7 +126,8 @@ class EngineConfig:
     dtype: of activations ("float32", "float16" or "bfloat16"; resolved, never "auto").
     exact: no activation is rounded to 8 bits; reductions and products in float32 where the device is a CPU.
     max_num_seqs: sequences in one step at most (also the number of sampler slots).
-    max_batch_tokens: query tokens in one step at most (the prefill chunk).
+    max_batch_tokens: query tokens in one step at most (the prefill chunk). mixed_batch_tokens: in one that also makes
+    somebody's next token, who would wait for a long one; None: as many.
     block_size: tokens in one KV block.
     prefix_cache: who may reuse what was computed of a prompt's beginning: "shared", all requests; "key", those of one
     API key (else the time to the first token tells whether somebody sent the same beginning); "off".
@@ -147,3 +148,4 @@ class EngineConfig:
     p2p: bool | None = None
     overlap: bool = False
     experimental: frozenset[str] = frozenset()
+    mixed_batch_tokens: int | None = None

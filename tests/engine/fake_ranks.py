@@ -283,9 +283,18 @@ def make_plan(context: int, n_blocks: int, block_size: int, max_batch_tokens: in
 
 
 def make_config(
-    max_num_seqs: int, max_batch_tokens: int, block_size: int, seed: int = 0, prefix_cache: Any = "shared"
+    max_num_seqs: int,
+    max_batch_tokens: int,
+    block_size: int,
+    seed: int = 0,
+    prefix_cache: Any = "shared",
+    mixed_batch_tokens: int | None = None,
 ) -> EngineConfig:
-    return EngineConfig("fake", "float32", True, seed, max_num_seqs, max_batch_tokens, block_size, prefix_cache)
+    sizes = max_num_seqs, max_batch_tokens, block_size
+    return EngineConfig(
+        *("fake", "float32", True, seed, *sizes, prefix_cache),
+        mixed_batch_tokens=mixed_batch_tokens,
+    )
 
 
 def make_engine(
@@ -298,8 +307,9 @@ def make_engine(
     seed: int = 0,
     tokenizer: Any = None,
     prefix_cache: str = "shared",
+    mixed_batch_tokens: int | None = None,
 ) -> tuple[Engine, FakeExecutor]:
     executor = FakeExecutor(n_blocks, block_size, max_batch_tokens, max_num_seqs)
-    config = make_config(max_num_seqs, max_batch_tokens, block_size, seed, prefix_cache)
+    config = make_config(max_num_seqs, max_batch_tokens, block_size, seed, prefix_cache, mixed_batch_tokens)
     plan = make_plan(context, n_blocks, block_size, max_batch_tokens)
     return Engine(executor, plan, config, tokenizer or FakeTokenizer()), executor

@@ -65,9 +65,31 @@ SIZES = st.fixed_dictionaries(
         "extra_blocks": st.sampled_from([0, 2, 40]),
         "max_num_seqs": st.integers(1, 5),
         "max_batch_tokens": st.sampled_from([1, 4, 17, 200]),
+        "mixed_batch_tokens": st.sampled_from([None, 1, 3]),
     }
 )
 CONTEXT = 40
+
+
+def test_a_prompt_alone_takes_longer_steps() -> None:
+    engine, ranks = make_engine(
+        context=400, n_blocks=200, max_batch_tokens=64, mixed_batch_tokens=16, prefix_cache="off"
+    )
+    alone = engine.add_request([1] * 200, SamplingParams(max_tokens=1))
+    while not alone.finished:
+        engine.step()
+    lengths = [sum(step.query_lens) for step in ranks.steps]
+    assert lengths == [64, 64, 64, 8]
+    writing = engine.add_request([1, 2, 3], SamplingParams(max_tokens=40, ignore_eos=True))
+    while not writing.output().outputs[0].token_ids:
+        engine.step()
+    beside = engine.add_request([1] * 200, SamplingParams(max_tokens=1))
+    seen = len(ranks.steps)
+    while not beside.finished:
+        engine.step()
+    assert not writing.finished
+    lengths = [sum(step.query_lens) for step in ranks.steps[seen:]]
+    assert max(lengths) == 16 and lengths.count(16) == 13  # 15 of the prompt's tokens and the other text's next
 
 
 def drain(engine: Engine) -> None:

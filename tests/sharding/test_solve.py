@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from multitensor.architectures.spec import ModelSpec
 from multitensor.errors import DoesNotFit, InputError
-from multitensor.sharding.memory import device_memory
+from multitensor.sharding.memory import ATTENTION_BYTES, device_memory
 from multitensor.sharding.plan import Plan
 from multitensor.sharding.solve import solve
 from multitensor.sharding.topology import Device
@@ -218,3 +218,18 @@ def test_a_device_description_reaches_the_json() -> None:
     assert entry["weights_bytes"] == sum(entry["weights_bytes_by_group"].values())
     assert entry["weights_bytes"] + entry["kv_bytes"] + entry["buffers_bytes"] <= 20 * GB
     assert set(data["ratios"]) == {"attention", "ffn", "experts", "vocabulary"}
+
+
+def test_a_long_context_counts_what_attention_copies_out_of_the_cache() -> None:
+    """Float32 keys and values of a head: here they are more than any other scratch."""
+    spec = fake_spec(n_layers=1, n_heads=1, n_kv_heads=1, head_dim=256, context=1 << 20)
+    plan = plan_of(spec, 3 * GB, dtype="float32", kv_type="q8")
+    check_fits(plan)
+    assert 1 << 18 < plan.context < 1 << 20
+    (memory,) = device_memory(plan)
+    assert memory.buffer_parts["scratch"] == ATTENTION_BYTES + 2 * 4 * 256 * plan.context
+    assert memory.total > 0.95 * 3 * GB
+    with pytest.raises(DoesNotFit) as caught:
+        plan_of(spec, 3 * GB, dtype="float32", kv_type="q8", context=1 << 20)
+    advised = int(str(caught.value).split("a context of ")[1].split(",")[0])
+    check_fits(plan_of(spec, 3 * GB, dtype="float32", kv_type="q8", context=advised))

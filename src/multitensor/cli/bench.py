@@ -100,6 +100,7 @@ def command(
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
     overlap: options.Overlap = False,
+    chunk: options.Chunk = None,
     experimental: options.Experimental = "",
     as_json: options.Json = False,
 ) -> None:
@@ -129,6 +130,7 @@ def command(
                 kv_type=kv_type,
                 p2p=p2p,
                 overlap=overlap,
+                max_batch_tokens=chunk,
                 experimental=options.names(experimental),
                 max_num_seqs=max(batches),
                 # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.

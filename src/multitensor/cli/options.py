@@ -48,6 +48,16 @@ P2p = Annotated[
         show_default=False,
     ),
 ]
+Chunk = Annotated[
+    int | None,
+    typer.Option(
+        "--chunk",
+        help="Tokens of prompts in one step at most. Default: 2048 on GPUs, 512 on CPUs. With more, long prompts are "
+        "read faster where nothing is being written, and less memory is left.",
+        min=1,
+        show_default=False,
+    ),
+]
 Overlap = Annotated[
     bool,
     typer.Option(

@@ -49,6 +49,7 @@ def command(
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
     overlap: options.Overlap = False,
+    chunk: options.Chunk = None,
     experimental: options.Experimental = "",
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 40,
@@ -84,6 +85,7 @@ def command(
             kv_type=kv_type,
             p2p=p2p,
             overlap=overlap,
+            max_batch_tokens=chunk,
             experimental=options.names(experimental),
             seed=seed,
         )

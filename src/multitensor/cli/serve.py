@@ -58,6 +58,7 @@ def command(
     kv_type: options.KvType = None,
     p2p: options.P2p = None,
     overlap: options.Overlap = False,
+    chunk: options.Chunk = None,
     experimental: options.Experimental = "",
     seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
     prefix_cache: Annotated[
@@ -126,6 +127,7 @@ def command(
         kv_type=kv_type,
         p2p=p2p,
         overlap=overlap,
+        max_batch_tokens=chunk,
         experimental=options.names(experimental),
         seed=seed,
         prefix_cache=prefix_cache.value,

@@ -86,6 +86,7 @@ class Engine:
         self.context = min(plan.context, n_blocks * plan.block_size)
         self._scheduler = Scheduler(
             max_batch_tokens=config.max_batch_tokens,
+            mixed_batch_tokens=config.mixed_batch_tokens,
             max_num_seqs=config.max_num_seqs,
             n_blocks=n_blocks,
             block_size=plan.block_size,

@@ -54,6 +54,8 @@ class LLM:
     dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16", "q8", "q4".
     seed: of requests that have none of their own.
     p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
+    max_batch_tokens: of prompts in one step, at most; default 2048 on GPUs, 512 on CPUs. A prompt alone takes them all;
+        beside texts being written it takes the default at most, so that these do not wait.
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
     experimental: names of config.EXPERIMENTS, ways that have not run on a GPU yet.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
@@ -73,6 +75,7 @@ class LLM:
         seed: int = 0,
         p2p: bool | None = None,
         overlap: bool = False,
+        max_batch_tokens: int | None = None,
         experimental: Sequence[str] = (),
         tensor_parallel: int | None = None,
         context: int | None = None,
@@ -91,6 +94,7 @@ class LLM:
             seed=seed,
             p2p=p2p,
             overlap=overlap,
+            max_batch_tokens=max_batch_tokens,
             experimental=experimental,
         )
 

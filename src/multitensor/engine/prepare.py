@@ -63,7 +63,12 @@ def prepare(
     """
     if not isinstance(model, (str, Path)) or not str(model):
         raise InputError(f"model must be the path of a .gguf file or a Hugging Face folder, not {model!r}")
-    for name, value in (("tensor_parallel_size", tensor_parallel_size), ("max_model_len", max_model_len)):
+    integers = {
+        "tensor_parallel_size": tensor_parallel_size,
+        "max_model_len": max_model_len,
+        "max_batch_tokens": max_batch_tokens,
+    }
+    for name, value in integers.items():
         _check_integer(name, value)
     _check_integer("seed", seed)
     ratio = _ratio(ratio)
@@ -103,6 +108,7 @@ def prepare(
         prefix_cache=prefix_cache,
         p2p=p2p,
         overlap=overlap,
+        mixed_batch_tokens=min(batch_tokens, max(num_seqs, DEFAULT_BATCH_TOKENS[found[0].kind])),
         experimental=parse_experiments(experimental),
     )
     return Prepared(checkpoint, spec, plan, config)

@@ -139,8 +139,8 @@ class Update:
 
 
 class Scheduler:
-    """max_batch_tokens: query tokens in one step; max_num_seqs: sequences that hold a slot; n_blocks of block_size
-    tokens: the KV pool."""
+    """max_batch_tokens: query tokens in one step; mixed_batch_tokens: in one in which somebody decodes (None: as many);
+    max_num_seqs: sequences that hold a slot; n_blocks of block_size tokens: the KV pool."""
 
     def __init__(
         self,
@@ -149,8 +149,10 @@ class Scheduler:
         max_num_seqs: int,
         n_blocks: int,
         block_size: int,
+        mixed_batch_tokens: int | None = None,
     ) -> None:
         self.max_batch_tokens = max_batch_tokens
+        self.mixed_batch_tokens = min(max_batch_tokens, mixed_batch_tokens or max_batch_tokens)
         self.max_num_seqs = max_num_seqs
         self.blocks = BlockManager(n_blocks, block_size)
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -194,7 +196,9 @@ class Scheduler:
         results of the steps under way are known."""
         preemptions = self.preemptions
         newcomers = self._newcomers()
-        sizes = _shares(self.max_batch_tokens, [(s, s.remaining) for s in self.running], newcomers)
+        running = [(sequence, sequence.remaining) for sequence in self.running]
+        decoding = any(want == 1 for _, want in running)
+        sizes = _shares(self.mixed_batch_tokens if decoding else self.max_batch_tokens, running, newcomers)
         chunks, starved = self._continue_running(sizes)
         self.started = []
         if not starved and preemptions == self.preemptions:

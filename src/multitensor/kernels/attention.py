@@ -16,7 +16,8 @@ from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 
 SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
 WINDOW_QUERIES = 256
-GATHER_BYTES = 32 << 20  # keys, and as much again for values, copied out of the cache at a time
+GATHER_BYTES = 32 << 20  # keys, and as much again for values, copied out of the cache at a time: a head's at least
+READ_NUMBERS = 2 << 20  # of a quantised cache at a time: they take up to twenty bytes each on their way through float32
 
 
 class HeadGroups:
@@ -134,10 +135,21 @@ class _Attend:
     def _gather(self, cache: CacheTensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
         """[..., L] slots -> [..., heads, L, D] in the working dtype."""
         if isinstance(cache, QuantCache):
-            picked = cache.read(slots.flatten(), heads, self.dtype)
+            picked = self._read(cache, slots.flatten(), heads)
         else:
             picked = cache.flatten(0, 1)[:, heads].index_select(0, slots.flatten()).to(self.dtype)
         return picked.view(*slots.shape, *picked.shape[1:]).transpose(-2, -3)
+
+    def _read(self, cache: QuantCache, slots: torch.Tensor, heads: slice) -> torch.Tensor:
+        """[n] slots -> [n, heads, D] in the working dtype."""
+        shape = (slots.shape[0], len(range(*heads.indices(cache.shape[2]))), cache.head_dim)
+        step = max(1, READ_NUMBERS // (shape[1] * shape[2]))
+        if shape[0] <= step:
+            return cache.read(slots, heads, self.dtype)
+        numbers = torch.empty(shape, dtype=self.dtype, device=slots.device)
+        for start in range(0, shape[0], step):
+            numbers[start : start + step] = cache.read(slots[start : start + step], heads, self.dtype)
+        return numbers
 
     def sequence(self, sequence: int, q: torch.Tensor, out: torch.Tensor) -> None:
         """q, out: [n, KV heads, group, D], the sequence's new tokens."""

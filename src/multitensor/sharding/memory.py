@@ -33,7 +33,8 @@ CPU_PROCESS_BYTES = 320 * MIB
 # Staging of the loader: device copies of its chunks on a GPU; host buffers and the repacker's temporaries on a CPU.
 CUDA_LOADER_BYTES = 4 * 32 * MIB
 CPU_LOADER_BYTES = 32 * MIB
-# Bounds that the kernels keep: scores and gathered keys and values of attention; rows dequantised at a time.
+# Bounds that the kernels keep: what attention makes beside the keys and values of a head, scores and masks mostly; rows
+# dequantised at a time.
 ATTENTION_BYTES = 160 * MIB
 CUDA_DEQUANTISE_BYTES = 256 * MIB
 CPU_DEQUANTISE_BYTES = 16 * MIB
@@ -87,6 +88,23 @@ def context_bytes_per_token(plan: Plan) -> int:
     return ropes + 4 * plan.max_num_seqs
 
 
+def attention_bytes(plan: Plan) -> int:
+    """What attention holds beside the cache: keys and values of one head, copied out of it, and what ATTENTION_BYTES
+    bounds, in which those of short contexts have room."""
+    return ATTENTION_BYTES + _head_bytes_per_token(plan) * plan.context
+
+
+def context_growth_per_token(plan: Plan) -> int:
+    """The most that one more token of context can cost a rank beside its KV."""
+    return context_bytes_per_token(plan) + _head_bytes_per_token(plan)
+
+
+def _head_bytes_per_token(plan: Plan) -> int:
+    """Of a head's keys and values as they are multiplied: in float32 where the scores are capped."""
+    element = 4 if plan.spec.attention_softcap is not None else DTYPE_BYTES[plan.dtype]
+    return 2 * plan.spec.head_dim * element
+
+
 def peer_memory_bytes(plan: Plan) -> int:
     """Of the buffer that every GPU shares with its peers; 0 with one rank, and on CPUs."""
     if plan.size == 1 or any(rank.device.kind == "cpu" for rank in plan.ranks):
@@ -122,7 +140,7 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     parts = {
         "activations": activations,
         "context": context_bytes_per_token(plan) * plan.context,
-        "scratch": max(ATTENTION_BYTES, dequantise, logits + SAMPLING_BYTES, SCORING_BYTES),
+        "scratch": max(attention_bytes(plan), dequantise, logits + SAMPLING_BYTES, SCORING_BYTES),
         "loader": CPU_LOADER_BYTES if on_cpu else CUDA_LOADER_BYTES,
     }
     if on_cpu:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from multitensor.architectures.spec import ModelSpec
 from multitensor.config import DTYPES, KV_ALIASES, KV_TYPES, check_ratio
 from multitensor.errors import DoesNotFit, InputError
-from multitensor.sharding.memory import DeviceMemory, context_bytes_per_token, device_memory, kv_bytes_per_token
+from multitensor.sharding.memory import DeviceMemory, context_growth_per_token, device_memory, kv_bytes_per_token
 from multitensor.sharding.plan import Plan, Ratios, make_plan
 from multitensor.sharding.topology import Device
 
@@ -164,12 +164,10 @@ def _tokens_that_fit(plan: Plan, *, contexts: bool, margin: float = 0.0) -> int:
     """Tokens for which every device has room beside weights and buffers: of context with its KV, or of the KV pool
     alone when the context stands. margin: part of each device to leave free."""
     room = []
-    for rank, memory in zip(plan.ranks, device_memory(plan), strict=True):
-        per_context = context_bytes_per_token(plan) if contexts else 0
-        free = int(rank.device.capacity_bytes * (1.0 - margin)) - (
-            memory.total - memory.kv - per_context * plan.context
-        )
-        per_token = kv_bytes_per_token(plan, rank) + per_context
+    base = replace(plan, context=0) if contexts else plan  # buffers that grow with the context are counted by the token
+    for rank, memory in zip(plan.ranks, device_memory(base), strict=True):
+        per_token = kv_bytes_per_token(plan, rank) + (context_growth_per_token(plan) if contexts else 0)
+        free = int(rank.device.capacity_bytes * (1.0 - margin)) - (memory.total - memory.kv)
         if per_token:
             room.append(max(0, free) // per_token)
     return min(room)
