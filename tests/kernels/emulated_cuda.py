@@ -22,11 +22,12 @@ from multitensor.kernels.cuda.program import source_text
 
 _HERE = Path(__file__).parent
 _DRIVER = """
-extern "C" int run(int ranks, int launches, int blocks, size_t shared_bytes, void* const* arguments, unsigned seed) {
+extern "C" int run(int ranks, int launches, const int (*shapes)[4], void* const* arguments, unsigned seed) {
     std::vector<std::vector<Launch>> all(ranks);
     for (int i = 0; i < ranks * launches; i++) {
         void* const* a = arguments + (size_t)i * COUNT;
-        all[i / launches].push_back({blocks, NWARPS * 32, shared_bytes, [a] { call(KERNEL, a); }});
+        const int* s = shapes[i];
+        all[i / launches].push_back({s[0], s[1], s[2], (size_t)s[3], [a] { call(KERNEL, a); }});
     }
     return run_ranks(all, seed);
 }
@@ -46,10 +47,17 @@ _Translation = Callable[..., str]
 _PTX: dict[str, _Translation] = {
     "cvt.f32.f16": lambda to, x: f"{to} = half_bits_to_float({x});",
     "cvt.rn.f16.f32": lambda to, x: f"{to} = float_to_half_bits({x});",
+    "cvt.rn.f16x2.f32": lambda to, high, low: (
+        f"{to} = float_to_half_bits({low}) | (unsigned)float_to_half_bits({high}) << 16;"
+    ),
+    "cvt.rn.bf16x2.f32": lambda to, high, low: (
+        f"{to} = float_to_bfloat_bits({low}) | (unsigned)float_to_bfloat_bits({high}) << 16;"
+    ),
     "griddepcontrol.": lambda: "",
     "fence.proxy.async": lambda: "",
     "trap": lambda: "abort();",
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
+    "mov.u64 %0, %%globaltimer": lambda to: f"{to} = 0;",
     "mbarrier.init": lambda at: f"copy_barrier_init(at_shared({at}), 1);",
     "mbarrier.arrive.expect_tx": lambda at, size: f"copy_expect(at_shared({at}), {size});",
     "cp.async.bulk.shared": lambda to, source, size, at: (
@@ -63,6 +71,13 @@ _PTX: dict[str, _Translation] = {
     "ld.volatile.global.v4.u32": lambda x, y, z, w, at: (
         f"const uint4 four = *(const uint4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
     ),
+    # What comes over a link takes its time: others go on meanwhile.
+    "ld.relaxed.sys.global.f32": lambda v, at: f"pause_(); {v} = *(const float*)({at});",
+    "ld.relaxed.sys.global.v4.f32": lambda x, y, z, w, at: (
+        f"pause_(); const float4 four = *(const float4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
+    ),
+    "st.relaxed.sys.global.f32": lambda at, x: f"*(float*)({at}) = {x}; progress++;",
+    "st.relaxed.sys.global.v4.f32": lambda at, *v: f"*(float4*)({at}) = make_float4({', '.join(v)}); progress++;",
     "st.volatile.global.f32": lambda at, x: f"*({at}) = {x}; progress++;",
     "st.volatile.global.u16": lambda at, x: f"*({at}) = {x}; progress++;",
     "st.volatile.global.v4.u32": lambda at, *v: f"*(uint4*)({at}) = make_uint4({', '.join(v)}); progress++;",
@@ -76,8 +91,9 @@ def compiler() -> str | None:
 def build(
     sources: tuple[str, ...], defines: Mapping[str, object], kernel: str, count: int, folder: Path
 ) -> ctypes.CDLL:
-    """The kernel of that name, with `count` arguments, as `run(ranks, launches, blocks, shared bytes, addresses of
-    every argument of every launch of every rank, seed)`: 0, or 1 where all threads wait for ever."""
+    """The kernel of that name, with `count` arguments, as `run(ranks, launches, [blocks, rows of blocks, threads of a
+    block, bytes of shared memory] of every launch of every rank, addresses of every argument of each, seed)`: 0, or 1
+    where all threads wait for ever."""
     program = source_text(sources, defines)
     head = program[: program.index("//")]  # the defines, which simt.h does not know
     text = "\n".join(
@@ -96,7 +112,7 @@ def build(
     result = subprocess.run([found, *options, str(cpp), "-o", str(library)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:4000]
     loaded = ctypes.CDLL(str(library))
-    loaded.run.argtypes = [ctypes.c_int] * 3 + [ctypes.c_size_t, ctypes.c_void_p, ctypes.c_uint]
+    loaded.run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     return loaded
 
 
@@ -104,12 +120,21 @@ def to_host(text: str) -> str:
     """CUDA C++ -> C++. Shared memory comes from the running block; a loop that only waits lets others run."""
     text = re.sub(r"extern __shared__ [^;]*?(\w+)\s+(\w+)\[\];", r"\1* \2 = running->block->shared;", text)
     text = re.sub(r"(while \([^\n]*\)) \{\}", r"\1 pause_();", text)
+    text = re.sub(r"__shared__ ([\w ]+?) ((?:\w+(?:\[[^\]]*\])+(?:, )?)+);", _shared_arrays, text)
     pieces, at = [], 0
     for match in re.finditer(r"\basm(?: volatile)?\(", text):
         end = _closing(text, match.end())
         pieces += [text[at : match.start()], "{ " + _translated(text[match.end() : end]) + " }"]
         at = text.index(";", end) + 1
     return "".join([*pieces, text[at:]])
+
+
+def _shared_arrays(declaration: re.Match[str]) -> str:
+    kind, result = declaration.group(1), []
+    for number, (name, sizes) in enumerate(re.findall(r"(\w+)((?:\[[^\]]*\])+)", declaration.group(2))):
+        place = f"running->block->array({declaration.start() * 8 + number}, sizeof({kind}{sizes}))"
+        result.append(f"{kind} (&{name}){sizes} = *({kind}(*){sizes}){place};")
+    return " ".join(result)
 
 
 def _closing(text: str, at: int) -> int:
@@ -169,13 +194,16 @@ class Queue:
     launches: list[tuple[Any, ...]] = field(default_factory=list)
     libraries: dict[str, ctypes.CDLL] = field(default_factory=dict)
 
-    def launch(self, kernel: Any, grid: int, threads: int, shared: int, arguments: tuple[Any, ...], **_: Any) -> None:
-        self.launches.append((*kernel, grid, shared, arguments))
+    def launch(
+        self, kernel: Any, grid: int | tuple[int, ...], threads: int, shared: int, arguments: tuple[Any, ...], **_: Any
+    ) -> None:
+        columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
+        self.launches.append((*kernel, (columns, rows, threads, shared), arguments))
 
     def run(self, ranks: int, seed: int) -> bool:
         """All that was launched, in equal parts by rank, each rank's in a row. False: they wait for each other for
         ever. All must be of one kernel."""
-        program, name, grid, shared, first = self.launches[0]
+        program, name, _, first = self.launches[0]
         key = repr((program.sources, program.defines))
         if key not in self.libraries:
             place = self.folder / str(len(self.libraries))
@@ -184,9 +212,10 @@ class Queue:
         values = [[_c_value(a) for a in arguments] for *_, arguments in self.launches]
         flat = [ctypes.addressof(value) for row in values for value in row]
         table = (ctypes.c_void_p * len(flat))(*flat)
+        numbers = [number for _, _, shape, _ in self.launches for number in shape]
+        shapes = (ctypes.c_int * len(numbers))(*numbers)
         each = len(self.launches) // ranks
-        shared = max(launch[3] for launch in self.launches)
-        result = self.libraries[key].run(ranks, each, grid, shared, ctypes.addressof(table), seed)
+        result = self.libraries[key].run(ranks, each, ctypes.addressof(shapes), ctypes.addressof(table), seed)
         self.launches.clear()
         return bool(result == 0)
 

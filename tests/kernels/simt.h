@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -58,6 +59,10 @@ template <class T> static inline void __stcg(T* at, T v) { *at = v; }
 template <class T> static inline T __ldcg(const T* at) { return *at; }
 static inline float half_bits_to_float(unsigned short h) { return (float)bits<_Float16>(h); }
 static inline unsigned short float_to_half_bits(float f) { return bits<unsigned short>((_Float16)f); }
+static inline unsigned short float_to_bfloat_bits(float f) {
+    const unsigned b = bits<unsigned>(f);
+    return f != f ? 0x7fff : (unsigned short)((b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
 static inline size_t __cvta_generic_to_shared(const void* p) { return (size_t)p; }
 static inline void* at_shared(unsigned address) { return (void*)(size_t)address; }
 
@@ -72,8 +77,9 @@ struct Block {
     size_t size;
     unsigned char* shared;  // where 32 bits are address enough, as on a GPU
     Barrier warps[32], all;
+    std::map<int, std::unique_ptr<char[]>> fixed;  // arrays of a size known beforehand, by their number in the source
     unsigned exchange[32][32], fragments[32][32][6];
-    explicit Block(size_t bytes) : size(bytes) {
+    explicit Block(size_t bytes) : size(bytes ? bytes : 1) {
         static size_t wish = 0x10000000;
         for (int tries = 0; tries < 1000; tries++) {
             shared = (unsigned char*)mmap((void*)wish, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -89,6 +95,13 @@ struct Block {
         memset(shared, 0xff, size);  // not a number, whoever reads it as one
     }
     ~Block() { munmap(shared, size); }
+    void* array(int number, size_t bytes) {
+        if (!fixed[number]) {
+            fixed[number].reset(new char[bytes]);
+            memset(fixed[number].get(), 0xff, bytes);
+        }
+        return fixed[number].get();
+    }
     Block(const Block&) = delete;
 };
 struct Thread {
@@ -156,6 +169,10 @@ static inline unsigned exchanged(unsigned v, int source) {
 template <class T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
     return bits<T>(exchanged(bits<unsigned>(v), (threadIdx.x & 31) ^ mask));
 }
+static inline unsigned long long __shfl_xor_sync(unsigned all, unsigned long long v, int mask) {
+    const unsigned low = __shfl_xor_sync(all, (unsigned)v, mask), high = __shfl_xor_sync(all, (unsigned)(v >> 32), mask);
+    return (unsigned long long)high << 32 | low;
+}
 template <class T> static inline T __shfl_sync(unsigned, T v, int source) { return bits<T>(exchanged(bits<unsigned>(v), source)); }
 static inline unsigned __reduce_add_sync(unsigned, unsigned v) {
     unsigned total = 0;
@@ -168,6 +185,13 @@ template <class T> static inline T atomicAdd(T* at, T v) {
     progress++;
     return before;
 }
+template <class T> static inline T atomicExch(T* at, T v) {
+    const T before = *at;
+    *at = v;
+    progress++;
+    return before;
+}
+template <class T> static inline T atomicMax(T* at, T v) { return atomicExch(at, max(*at, v)); }
 
 // D += A B by the fragment maps of m16n8k32 with int8; m16n8k16 is its first half.
 static inline void multiply_add(int* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
@@ -225,7 +249,7 @@ static inline void copy_wait(void* at, unsigned parity) {
 // ---- launches ----
 
 struct Launch {
-    int blocks, threads;
+    int columns, rows, threads;  // of blocks; of a block
     size_t shared_bytes;
     std::function<void()> kernel;
 };
@@ -234,11 +258,11 @@ class Running {
     std::vector<std::vector<std::unique_ptr<Thread>>> blocks;
     size_t left = 0;
     explicit Running(const Launch& launch) {
-        for (int b = 0; b < launch.blocks; b++) {
+        for (int b = 0; b < launch.columns * launch.rows; b++) {
             memories.emplace_back(new Block(launch.shared_bytes));
             Block* block = memories.back().get();
-            block->at = {(unsigned)b, 0, 0};
-            block->grid = {(unsigned)launch.blocks, 1, 1};
+            block->at = {(unsigned)(b % launch.columns), (unsigned)(b / launch.columns), 0};
+            block->grid = {(unsigned)launch.columns, (unsigned)launch.rows, 1};
             block->dim = {(unsigned)launch.threads, 1, 1};
             blocks.emplace_back();
             for (int i = 0; i < launch.threads; i++, left++) {
