@@ -34,6 +34,7 @@ TARGETS = {
 TYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
     torch.float16: "fp16",

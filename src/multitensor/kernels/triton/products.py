@@ -17,6 +17,7 @@ from multitensor.kernels.triton.weights import (
     is_known,
     place,
     read_codes,
+    read_high,
     read_scale,
 )
 
@@ -69,11 +70,12 @@ def _multiply_vector(
         g = (first + tl.arange(0, G))[None, :, None]
         inside = (n < rows) & (g < groups)
         codes = tl.load(quants + n * quants_stride + (g * P + p), mask=inside, other=0)
+        word = read_high(high, n, g, inside, high_stride, HIGH)
         scale, least = read_scale(scales, mins, d, m, n, g, inside, scales_stride, d_stride, phase, UNIT, SCALE, LEAST)
         for f in tl.static_range(FIELDS):
-            columns = g * UNIT + place(p, f, UNIT, FIELDS, ADJACENT)
-            w = read_codes(codes, high, table, n, columns, inside, high_stride, f, FIELDS, HIGH, CENTRE, LOOKUP)
-            w = w * scale - least
+            i = place(p, f, UNIT, FIELDS, ADJACENT)
+            columns = g * UNIT + i
+            w = read_codes(codes, word, table, i, f, FIELDS, HIGH, CENTRE, LOOKUP) * scale - least
             total += w * tl.load(x + columns, mask=g < groups, other=0.0).to(tl.float32)
     result = tl.sum(tl.sum(total, axis=2), axis=1)
     if HAS_BIAS:
@@ -128,11 +130,12 @@ def _multiply_batch(
         g = (first + tl.arange(0, G))[None, :, None]
         inside = (n < rows) & (g < groups)
         codes = tl.load(quants + n * quants_stride + (g * P + p), mask=inside, other=0)
+        word = read_high(high, n, g, inside, high_stride, HIGH)
         scale, least = read_scale(scales, mins, d, m, n, g, inside, scales_stride, d_stride, phase, UNIT, SCALE, LEAST)
         for f in tl.static_range(FIELDS):
-            columns = g * UNIT + place(p, f, UNIT, FIELDS, ADJACENT)
-            w = read_codes(codes, high, table, n, columns, inside, high_stride, f, FIELDS, HIGH, CENTRE, LOOKUP)
-            w = w * scale - least
+            i = place(p, f, UNIT, FIELDS, ADJACENT)
+            columns = g * UNIT + i
+            w = read_codes(codes, word, table, i, f, FIELDS, HIGH, CENTRE, LOOKUP) * scale - least
             at = tl.reshape(columns, (1, G * P))
             there = (t < tokens) & (at < groups * UNIT)
             part = tl.load(x + t * x_stride + at, mask=there, other=0.0)
@@ -182,12 +185,12 @@ def _expand(
     p = tl.arange(0, P)[None, None, :]
     inside = (n < rows) & (g < groups)
     codes = tl.load(quants + n * quants_stride + (g * P + p), mask=inside, other=0)
+    word = read_high(high, n, g, inside, high_stride, HIGH)
     scale, least = read_scale(scales, mins, d, m, n, g, inside, scales_stride, d_stride, phase, UNIT, SCALE, LEAST)
     for f in tl.static_range(FIELDS):
-        columns = g * UNIT + place(p, f, UNIT, FIELDS, ADJACENT)
-        w = read_codes(codes, high, table, n, columns, inside, high_stride, f, FIELDS, HIGH, CENTRE, LOOKUP)
-        w = w * scale - least
-        tl.store(y + n * (groups * UNIT) + columns, w.to(y.dtype.element_ty), mask=inside)
+        i = place(p, f, UNIT, FIELDS, ADJACENT)
+        w = read_codes(codes, word, table, i, f, FIELDS, HIGH, CENTRE, LOOKUP) * scale - least
+        tl.store(y + n * (groups * UNIT) + g * UNIT + i, w.to(y.dtype.element_ty), mask=inside)
 
 
 def takes(x: torch.Tensor, w: QuantTensor) -> bool:

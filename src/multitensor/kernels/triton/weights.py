@@ -29,6 +29,9 @@ MINS = tl.constexpr(2)  # the super-block's dmin x mins
 HIGH_NIBBLES = tl.constexpr(3)  # the super-block's dmin x the high four bits of scales
 
 
+_WORDS = {16: torch.int16, 32: torch.int32}  # by bits
+
+
 @dataclass(frozen=True)
 class Layout:
     """unit: weights of a group. fields: weights in a byte of `quants`; adjacent: these are neighbours, else they stand
@@ -84,16 +87,18 @@ def arguments(w: QuantTensor, rows: slice = slice(None)) -> dict[str, object]:
     quants = planes["quants"]
     absent = quants
     d, scales = planes.get("d", absent), planes.get("scales", absent)
+    # One word a group: its bits are the weights' in order, on these (little-endian) machines.
+    high = planes["high"].view(_WORDS[layout.unit * layout.high]) if layout.high else absent
     return {
         "quants": quants,
-        "high": planes.get("high", absent),
+        "high": high,
         "scales": scales,
         "mins": planes.get("mins", absent),
         "d": d,
         "m": planes.get("m", planes.get("dmin", absent)),
         "table": _table(layout.lookup, w.device),
         "quants_stride": quants.stride(0),
-        "high_stride": planes["high"].stride(0) if "high" in planes else 0,
+        "high_stride": high.stride(0),
         "scales_stride": scales.stride(0),
         "d_stride": d.stride(0),
         "groups": group_count(w),
@@ -162,27 +167,36 @@ def read_scale(
 
 
 @triton.jit
+def read_high(
+    high: tl.tensor, n: tl.tensor, g: tl.tensor, inside: tl.tensor, high_stride: tl.tensor, HIGH: tl.constexpr
+) -> tl.tensor:
+    """n, g, inside as in read_scale -> int32 [N, G, 1], the high bits of a group's weights, lowest weight first."""
+    if HIGH > 0:
+        word = tl.load(high + n * high_stride + g, mask=inside, other=0).to(tl.int32)
+    else:
+        word = 0
+    return word
+
+
+@triton.jit
 def read_codes(
     codes: tl.tensor,
-    high: tl.tensor,
+    word: tl.tensor,
     table: tl.tensor,
-    n: tl.tensor,
-    columns: tl.tensor,
-    inside: tl.tensor,
-    high_stride: tl.tensor,
+    i: tl.tensor,
     f: tl.constexpr,
     FIELDS: tl.constexpr,
     HIGH: tl.constexpr,
     CENTRE: tl.constexpr,
     LOOKUP: tl.constexpr,
 ) -> tl.tensor:
-    """codes: the bytes of `quants` [N, G, P]; columns [1, G, P], of field f -> unscaled float32 [N, G, P]."""
+    """codes: bytes of `quants` [N, G, P]; word: as of read_high; i [1, 1, P]: which weights of their group are in field
+    f -> unscaled float32 [N, G, P]."""
     code = codes.to(tl.int32)
     if FIELDS > 1:
         code = (code >> (f * (8 // FIELDS))) & ((1 << (8 // FIELDS)) - 1)
     if HIGH > 0:
-        byte = tl.load(high + n * high_stride + (columns * HIGH >> 3), mask=inside, other=0).to(tl.int32)
-        code = code | (((byte >> (columns * HIGH & 7)) & ((1 << HIGH) - 1)) << (8 // FIELDS))
+        code = code | (((word >> (i * HIGH)) & ((1 << HIGH) - 1)) << (8 // FIELDS))
     if LOOKUP:
         number = tl.load(table + code)
     else:
