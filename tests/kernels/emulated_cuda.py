@@ -76,6 +76,8 @@ _PTX: dict[str, _Translation] = {
     "ld.relaxed.sys.global.v4.f32": lambda x, y, z, w, at: (
         f"pause_(); const float4 four = *(const float4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
     ),
+    "ld.relaxed.sys.global.u32": lambda v, at: f"pause_(); {v} = *(const u32*)({at});",
+    "st.relaxed.sys.global.u32": lambda at, x: f"*(u32*)({at}) = {x}; progress++;",
     "st.relaxed.sys.global.f32": lambda at, x: f"*(float*)({at}) = {x}; progress++;",
     "st.relaxed.sys.global.v4.f32": lambda at, *v: f"*(float4*)({at}) = make_float4({', '.join(v)}); progress++;",
     "st.volatile.global.f32": lambda at, x: f"*({at}) = {x}; progress++;",

@@ -21,7 +21,7 @@ from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
 from multitensor.parallel.group import SingleGroup
 from multitensor.parallel.local_group import LocalGroup
 from multitensor.parallel.peer_reductions import TRIALS, Timing, _wrong_sum, decide
-from multitensor.parallel.torch_group import make_torch_group
+from multitensor.parallel.torch_group import TorchGroup, make_torch_group
 from multitensor.parallel.trials import first_reason
 from multitensor.sharding.memory import (
     HOST_CHUNK_BYTES,
@@ -171,6 +171,48 @@ def test_demanded_access_that_is_not_there_is_an_error() -> None:
         assert answer == (
             "peer-to-peer access was demanded, but the ranks talk through gloo; leave the demand out to use NCCL"
         )
+
+
+class Small:
+    """Stands for PeerReductions that have been timed."""
+
+    def __init__(self, small: str, why: str | None) -> None:
+        self.told = {"small": small, "why": why, "warning": None, "microseconds": {1: {"NCCL": 39.0}}}
+
+    def describe(self, other: str) -> dict[str, Any]:
+        return dict(self.told)
+
+
+FEW = "host memory up to 8 rows"
+
+
+@pytest.mark.parametrize(
+    ("small", "large", "p2p", "wanted"),
+    [
+        (Small(FEW, None), "no room", None, (FEW, "no link", f"sums take {FEW} instead: no link", "no room")),
+        (Small(FEW, None), "no room", False, (FEW, "no link", None, "no room")),
+        (Small("NCCL", "it is slow"), "no room", False, ("NCCL", "no link; it is slow", None, "no room")),
+        ("odd rows", "odd rows", False, ("NCCL", "odd rows; no pages", None, "odd rows")),
+        (
+            "odd rows",
+            "odd rows",
+            None,
+            ("NCCL", "odd rows; no pages", "take NCCL instead: odd rows; no pages", "odd rows"),
+        ),
+    ],
+)
+def test_what_a_group_without_peer_memory_tells(
+    small: Any, large: str, p2p: bool | None, wanted: tuple[str, str, str | None, str]
+) -> None:
+    group = TorchGroup.__new__(TorchGroup)
+    group.backend, group._p2p, group._peers, group._large = "nccl", p2p, small, large
+    group.no_peer_memory, group.no_host_memory = "no link", "no pages"
+    there: Any = object()
+    group.host_memory = there
+    told = group.describe_reductions()
+    assert (told["small"], told["why"], told["large"], told["large_why"]) == (*wanted[:2], "NCCL", wanted[3])
+    warning = told["warning"]
+    assert warning is None if wanted[2] is None else warning.endswith(wanted[2])
 
 
 def test_other_groups_say_that_there_is_nothing_to_choose() -> None:
