@@ -45,17 +45,17 @@ def normed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 
 class Case:
-    """One layer's weights: hidden, attention columns [a0, a1) of 2 a1, units [f0, f1) of more, two types."""
+    """One layer's weights: hidden, attention columns [a0, a1) of 2 a1, units [f0, f1) of more, up to four types."""
 
-    def __init__(self, types: tuple[str, str], hidden: int, heads: tuple[int, int], ffn: tuple[int, int], **more: Any):
-        first, second = types
+    def __init__(self, types: tuple[str, ...], hidden: int, heads: tuple[int, int], ffn: tuple[int, int], **more: Any):
+        first, second, third, fourth = (types[i % len(types)] for i in range(4))
         whole = -(-max(heads[1], ffn[1]) // 256) * 256
         self.output = weight(first, hidden, whole, *heads, 1)
         rows = ffn[1] - ffn[0]
         self.gate, self.up = weight(first, rows, hidden, 0, hidden, 2), weight(second, rows, hidden, 0, hidden, 3)
-        self.down = weight(second, hidden, whole, *ffn, 4)
+        self.down = weight(fourth, hidden, whole, *ffn, 4)
         self.following = [
-            weight(name, n, hidden, 0, hidden, 5 + n) for name, n in ((first, 200), (first, 72), (second, 72))
+            weight(name, n, hidden, 0, hidden, 5 + n) for name, n in ((first, 200), (third, 72), (second, 72))
         ]
         self.hidden, self.types = hidden, types
         generator = torch.Generator("cuda").manual_seed(0)
@@ -95,6 +95,8 @@ CASES = {
     "cut inside super-blocks, post norms": (("Q4_K", "Q6_K"), 768, (64, 320), (384, 768), {"post": True}),
     "biases, logits": (("Q8_0", "Q4_1"), 2304, (96, 1120), (32, 1184), {"bias": True, "logits": True}),
     "rows not whole super-blocks": (("Q8_0", "Q4_0"), 576, (0, 192), (0, 768), {}),
+    "three types": (("Q4_K", "Q5_K", "Q6_K"), 1024, (0, 1024), (0, 2816), {}),
+    "four types": (("Q3_K", "IQ4_XS", "Q6_K", "Q5_0"), 1024, (0, 1024), (0, 2816), {"post": True}),
     "wide": (("Q5_K", "Q4_0"), 8192, (0, 2048), (0, 3584), {"post": True, "bias": True}),
     "float16": (("F16", "F16"), 4096, (0, 4096), (0, 14336), {}),
     "bfloat16": (("BF16", "BF16"), 4096, (0, 2048), (0, 7168), {"logits": True}),
@@ -103,7 +105,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> None:
@@ -114,7 +116,7 @@ def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> No
 
 @pytest.mark.parametrize("warps", [6, 8, 12])
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: int) -> None:
     """With fewer warps, and with the copies of GPUs before compute capability 9.0."""
     types, hidden, heads, ffn, more = CASES["cut inside super-blocks, post norms"]
@@ -123,7 +125,7 @@ def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("columns", "warps"), [(256, 8), (256, 4), (128, 8), (128, 6), (64, 8), (64, 4)])
 def test_float_rows_in_every_shape(kernels: Any, columns: int, warps: int, tokens: int, overlap: bool) -> None:
     types, hidden, heads, ffn, more = CASES["bfloat16, odd sizes"]

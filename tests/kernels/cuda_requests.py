@@ -185,7 +185,7 @@ def layer_requests(turn: int) -> None:
     names = sorted(TILE_BYTES)
     for number, ranks in enumerate((1, 2, 5, 16)):
         at = 3 * turn + 5 * number
-        types = names[at % len(names)], names[(at + 4) % len(names)]
+        types = tuple(names[(at + 4 * i) % len(names)] for i in range(1 + (turn + number) % 4))
         LayerKernel(
             TileKernels(CPU),
             LayerShape(Tiles(types), 1 + (turn + number // 2) % 2, 32, (64, 200, 60, 100)),

@@ -37,9 +37,9 @@ FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """types: of every second matrix in turn. attention, ffn: columns of rank 0; the others have 32 fewer."""
+    """types: of the matrices in turn. attention, ffn: columns of rank 0; the others have 32 fewer."""
 
-    types: tuple[str, str]
+    types: tuple[str, ...]
     dtype: torch.dtype
     ranks: int = 1
     relay: bool = False
@@ -63,6 +63,12 @@ class Case:
 CASES = {
     "two types": Case(("Q4_K", "Q6_K"), torch.float16, post=True),
     "two ranks, two tokens": Case(("Q4_K", "Q4_K"), torch.bfloat16, ranks=2, tokens=2, logits=True, blocks=3),
+    "four tokens": Case(("Q4_K", "Q6_K"), torch.float16, ranks=2, tokens=4, bias=True, post=True, hidden=544, steps=4),
+    "three tokens, mail": Case(("Q5_0", "Q8_0"), torch.float16, ranks=2, relay=True, tokens=3, gelu=True, steps=4),
+    "bfloat16, four tokens": Case(("BF16", "BF16"), torch.bfloat16, tile=256, tokens=4, logits=True, post=True),
+    "float16, three tokens": Case(("F16", "F16"), torch.float16, tile=128, tokens=3, hidden=544, warps=3, steps=4),
+    "three types": Case(("Q4_K", "Q5_K", "Q6_K"), torch.float16, ranks=2),
+    "four types": Case(("Q3_K", "IQ4_XS", "MXFP4", "Q2_K"), torch.bfloat16, tokens=2, post=True, bias=True),
     "inside super-blocks": Case(("Q8_0", "Q4_1"), torch.float16, start=32, bias=True, gelu=True, warps=3),
     "mail, three ranks": Case(("Q5_K", "Q5_0"), torch.float16, ranks=3, relay=True, launches=1, steps=9),
     "mail, two tokens": Case(("Q6_K", "Q6_K"), torch.bfloat16, ranks=2, relay=True, tokens=2, post=True, bias=True),
@@ -79,7 +85,7 @@ class Weights:
     """One rank's, and the numbers that they stand for, float64."""
 
     def __init__(self, case: Case, rank: int) -> None:
-        self._case, self._seed = case, 100 * rank
+        self._case, self._seed = case, 120 * rank  # the types in the same order: one program serves all ranks
         less = 32 * (rank > 0)
         hidden, ffn = case.hidden, case.ffn - less
         self.output = [self._weight(hidden, case.attention - less, case.start)]
@@ -92,7 +98,7 @@ class Weights:
 
     def _weight(self, rows: int, cols: int, start: int = 0) -> tuple[QuantTensor, torch.Tensor]:
         self._seed += 1
-        name = self._case.types[self._seed % 2]
+        name = self._case.types[self._seed % len(self._case.types)]
         kind = QUANT_TYPES[name]
         if name in FLOATS:
             generator = torch.Generator().manual_seed(self._seed)

@@ -39,13 +39,19 @@ def phases(hidden: int, attention: int, ffn: int, following: int) -> LayerPhases
     return LayerPhases(*matrices, NORM, NORM, None, None, logits=True)
 
 
-def test_tiles_of_up_to_two_types() -> None:
-    assert ways_to_lie([tiled("Q4_K"), tiled("Q4_K")]) == (Tiles(("Q4_K", "Q4_K")),)
+def test_tiles_of_up_to_four_types() -> None:
+    assert ways_to_lie([tiled("Q4_K"), tiled("Q4_K")]) == (Tiles(("Q4_K",)),)
+    assert Tiles(("Q4_K",)).defines() == {"TYPE": "Q4_K", "TYPE_B": "Q4_K"}
     (both,) = ways_to_lie([tiled("Q4_K"), tiled("Q6_K"), tiled("Q4_K")])
     assert both == Tiles(("Q4_K", "Q6_K"))
-    assert both.kinds([tiled("Q4_K"), tiled("Q6_K"), tiled("Q6_K")]) == 0b110
+    assert both.kinds([tiled("Q4_K"), tiled("Q6_K"), tiled("Q6_K")]) == 0b010100
     assert both.defines() == {"TYPE": "Q4_K", "TYPE_B": "Q6_K"}
-    assert ways_to_lie([tiled("Q4_K"), tiled("Q6_K"), tiled("Q8_0")]) == ()
+    names = ("Q4_K", "Q6_K", "Q8_0", "Q5_0")
+    (four,) = ways_to_lie([tiled(name) for name in names])
+    assert four.kinds([tiled("Q5_0"), tiled("Q4_K"), tiled("Q8_0")]) == 0b100011
+    assert four.defines() == dict(zip(("TYPE", "TYPE_B", "TYPE_C", "TYPE_D"), names, strict=True)) | {"TYPES": 4}
+    assert four.stage_bytes == max(TILE_BYTES[name] for name in names)
+    assert ways_to_lie([tiled(name) for name in (*names, "Q3_K")]) == ()
 
 
 def test_float_rows_of_one_type() -> None:

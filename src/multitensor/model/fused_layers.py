@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from multitensor.config import FLOAT_LAYERS, HOST_RELAY
+from multitensor.config import FLOAT_LAYERS, HOST_RELAY, LAYER_BATCHES, LAYER_TYPES
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels, joined_biases
 from multitensor.kernels.cuda.layer import (
     MAX_HIDDEN,
@@ -19,7 +19,7 @@ from multitensor.kernels.cuda.layer import (
     mail_bytes,
     places_bytes,
 )
-from multitensor.kernels.cuda.layer_weights import FloatRows, LayerWeights, ways_to_lie
+from multitensor.kernels.cuda.layer_weights import FloatRows, LayerWeights, Tiles, ways_to_lie
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group
@@ -27,6 +27,8 @@ from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.peer_memory import PeerMemory
 from multitensor.parallel.rank_memory import NOTHING
 from multitensor.sharding.plan import Plan
+
+_MEASURED_TOKENS = 2  # on GPUs; up to MAX_TOKENS by name
 
 
 class FusedLayers:
@@ -53,9 +55,10 @@ class FusedLayers:
         tried: as EngineConfig has it."""
         hidden = plan.spec.hidden_size
         tiles = kernels.tile_kernels
-        small = tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN and hidden % 8 == 0
+        most = MAX_TOKENS if LAYER_BATCHES in tried else _MEASURED_TOKENS
+        small = tokens <= most and hidden <= MAX_HIDDEN and hidden % 8 == 0
         weights = _weights(decoder, plan, rank) if small else []
-        ways = [lie for lie in ways_to_lie(weights) if not isinstance(lie, FloatRows) or FLOAT_LAYERS in tried]
+        ways = [lie for lie in ways_to_lie(weights) if _name(lie) in (None, *tried)]
         phases = _phases(decoder) if ways else []
         shape = _fitting(phases, tokens, tiles.blocks, tiles.shared_limit, ways)
         if not all(group.gather_objects(shape is not None)):
@@ -88,6 +91,13 @@ class FusedLayers:
             number=index,
         )
         return out
+
+
+def _name(lie: LayerWeights) -> str | None:
+    """Of the experiment that such weights are; None: measured."""
+    if isinstance(lie, FloatRows):
+        return FLOAT_LAYERS
+    return LAYER_TYPES if isinstance(lie, Tiles) and len(lie.types) > 2 else None
 
 
 def _weights(decoder: Decoder, plan: Plan, rank: int) -> list[QuantTensor]:

@@ -1,4 +1,4 @@
-// What a decode step does from one attention to the next, for one or two tokens, as one launch. Follows gemv.cu, whose
+// What a decode step does from one attention to the next, for one to four tokens, as one launch. Follows gemv.cu, whose
 // tiles, ring and activations it uses.
 //
 //   OUTPUT  attention's result times the output projection: this rank's part of a sum over ranks
@@ -33,7 +33,7 @@ constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN, MAIL = (size_t)TOKENS *
 #endif
 constexpr int DEPTH = 8 / TOKENS;  // row groups whose sums over warps may be open at a time
 
-// Matrices with the same columns, one behind the other in the result. Matrix i is of TYPE_B where bit i of kinds is set.
+// Matrices with the same columns, one behind the other in the result. Bits 2 i and 2 i + 1 of kinds tell how matrix i lies.
 struct Phase {
     const u8* w[3];
     const float* bias;
@@ -350,12 +350,12 @@ __device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const Part 
     return __shfl_sync(0xffffffff, last, 0) != 0;
 }
 
-// By one warp: adds up 16 rows in warp order, and stores them where their readers look.
-__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Job& at, int phase, int number,
+// By one warp: adds up 16 rows of tokens `first` and the next in warp order, and stores them where their readers look.
+__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Job& at, int phase, int number, int first,
                                             unsigned short* inner, void* out, int float_out, int gelu, int rank) {
-    const int lane = threadIdx.x & 31, n = lane >> 4, row = at.group * ROWS + (lane & 15);
+    const int lane = threadIdx.x & 31, n = first + (lane >> 4), row = at.group * ROWS + (lane & 15);
     if (n >= TOKENS) return;
-    const float* from = partial + (size_t)(number % DEPTH) * WARPS * 2 * TOKENS * ROWS + lane;
+    const float* from = partial + (size_t)(number % DEPTH) * WARPS * 2 * TOKENS * ROWS + first * ROWS + lane;
     float sum = 0.f, up = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += from[w * 2 * TOKENS * ROWS];
@@ -517,7 +517,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
             for (int part = 0; part < 2; part++) {
                 if (part == 1 && phase != GATED) break;
                 Sums sums;
-                const bool second = (p.kinds >> (job.part + part)) & 1;
+                const int kind = kind_of(p, job.part + part);
                 for (; kb < n_kb; kb += WARPS) {
 #if HAS_BULK
                     ring_wait(my_bars + stage, parity);
@@ -526,7 +526,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                     __syncwarp();
 #endif
                     const u8* tile = my_ring + (size_t)stage * STAGE_BYTES;
-                    sums.add(tile, second, in, kb, p.columns, lane);
+                    sums.add(tile, kind, in, kb, p.columns, lane);
                     __syncwarp();
                     fill(stage);
                     if (++stage == NSTAGES) { stage = 0; parity ^= 1; }
@@ -535,7 +535,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 mine[part] = part_of(sums, lane);
             }
             if (add_up(fixed, partial, mine, job_number)) {
-                finish_rows(fixed, partial, p, job, phase, job_number, my_inner, out, float_out, gelu, rank);
+#pragma unroll
+                for (int first = 0; first < TOKENS; first += 2)
+                    finish_rows(fixed, partial, p, job, phase, job_number, first, my_inner, out, float_out, gelu, rank);
                 __syncwarp();
                 if (lane == 0) {
                     fixed.arrived[job_number % DEPTH] = 0;

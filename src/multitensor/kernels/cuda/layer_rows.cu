@@ -49,6 +49,9 @@ __device__ __forceinline__ void fill_stage(u8* stage, const Phase& p, int part, 
 #endif
 }
 
+template <class Phase>
+__device__ __forceinline__ int kind_of(const Phase&, int) { return 0; }
+
 // Super-blocks of 256 columns of an input.
 __device__ __forceinline__ int super_blocks(int, int columns) { return (columns + 255) / 256; }
 
@@ -87,7 +90,7 @@ struct Sums {
 #pragma unroll
             for (int i = 0; i < ITEMS_OF_TILE; i++) acc[n][i] = 0.f;
     }
-    __device__ __forceinline__ void add(const u8* tile, bool, const Inputs& in, int kb, int columns, int lane) {
+    __device__ __forceinline__ void add(const u8* tile, int, const Inputs& in, int kb, int columns, int lane) {
         const int k = kb * TILE_COLUMNS + lane % LANES * 8;
         if (k >= columns) return;  // nothing was copied there
         float x[TOKENS][8];
@@ -140,6 +143,8 @@ __device__ __forceinline__ Part part_of(const Sums& sums, int lane) {
 }
 // to: [TOKENS][16 rows]
 __device__ __forceinline__ void put_part(float* to, const Part& mine, int lane) {
-    const int n = lane & 1, row = lane % LANES / 2 * TOGETHER + lane / LANES;
-    if (n < TOKENS) to[n * ROWS + row] = n ? mine.of[TOKENS - 1] : mine.of[0];
+    const int odd = lane & 1, row = lane % LANES / 2 * TOGETHER + lane / LANES;
+#pragma unroll
+    for (int n = 0; n < TOKENS; n += 2)
+        if (n + odd < TOKENS) to[(n + odd) * ROWS + row] = odd ? mine.of[n + 1 < TOKENS ? n + 1 : n] : mine.of[n];
 }

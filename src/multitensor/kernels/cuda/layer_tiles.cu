@@ -5,22 +5,42 @@
 
 #define LISTED 1  // a warp's tiles are listed before the first product
 constexpr int BATCH = 2 * TOKENS;  // columns of the tensor cores' operand: two bytes a token
-constexpr int STAGE_BYTES = TYPE::TILE > TYPE_B::TILE ? TYPE::TILE : TYPE_B::TILE;
 
-// A tile in a warp's list: its address, with bit 0 set where it is of TYPE_B (tiles lie at multiples of 16).
+// Up to four types; a matrix's kind is the number of its own.
+#ifndef TYPES
+#define TYPES 2
+#endif
+#ifndef TYPE_C
+#define TYPE_C TYPE
+#endif
+#ifndef TYPE_D
+#define TYPE_D TYPE
+#endif
+__device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int STAGE_BYTES = larger(larger(TYPE::TILE, TYPE_B::TILE), larger(TYPE_C::TILE, TYPE_D::TILE));
+__device__ __forceinline__ int tile_bytes(int kind) {
+    if (TYPES > 2 && kind == 2) return TYPE_C::TILE;
+    if (TYPES > 3 && kind == 3) return TYPE_D::TILE;
+    return kind ? TYPE_B::TILE : TYPE::TILE;
+}
+
+// A tile in a warp's list: its address, with its kind in the lowest bits (tiles lie at multiples of 16).
+template <class Phase>
+__device__ __forceinline__ int kind_of(const Phase& p, int part) { return (p.kinds >> (2 * part)) & (TYPES > 2 ? 3 : 1); }
 template <class Phase>
 __device__ __forceinline__ u64 tile_entry(const Phase& p, int part, int group, int kb) {
     const size_t tile = (size_t)group * p.n_kb + kb;
-    const bool second = (p.kinds >> part) & 1;
-    return (u64)(p.w[part] + tile * (second ? TYPE_B::TILE : TYPE::TILE)) | second;
+    const int kind = kind_of(p, part);
+    return (u64)(p.w[part] + tile * tile_bytes(kind)) | (u64)kind;
 }
 
 // ring_fill of gemv.cu with a size known only at run time.
 __device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int lane) {
-    const u8* source = (const u8*)(tile & ~1ull);
+    const u8* source = (const u8*)(tile & ~3ull);
+    const int kind = (int)tile & 3;
 #if HAS_BULK
     if (lane == 0) {
-        const u32 b = shared_address(bar), bytes = tile & 1 ? TYPE_B::TILE : TYPE::TILE;
+        const u32 b = shared_address(bar), bytes = tile_bytes(kind);
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                          shared_address(stage)),
@@ -28,7 +48,9 @@ __device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int la
                      : "memory");
     }
 #else
-    if (tile & 1) ring_fill<TYPE_B::TILE>(stage, source, bar, lane);
+    if (TYPES > 2 && kind == 2) ring_fill<TYPE_C::TILE>(stage, source, bar, lane);
+    else if (TYPES > 3 && kind == 3) ring_fill<TYPE_D::TILE>(stage, source, bar, lane);
+    else if (kind) ring_fill<TYPE_B::TILE>(stage, source, bar, lane);
     else ring_fill<TYPE::TILE>(stage, source, bar, lane);
 #endif
 }
@@ -166,9 +188,11 @@ __device__ __forceinline__ void tile_of(const u8* t, const Activations& x, int k
 // Columns of high and low parts are neighbours in a lane: lanes of column pair n hold token n, rows g and g + 8.
 struct Sums {
     float acc[4] = {0.f, 0.f, 0.f, 0.f};
-    __device__ __forceinline__ void add(const u8* tile, bool second, const Inputs& in, int kb, int, int lane) {
+    __device__ __forceinline__ void add(const u8* tile, int kind, const Inputs& in, int kb, int, int lane) {
         const Activations act = {in.quants, in.sums, in.scale};
-        if (second) tile_of<TYPE_B>(tile, act, kb, lane, acc);
+        if (TYPES > 2 && kind == 2) tile_of<TYPE_C>(tile, act, kb, lane, acc);
+        else if (TYPES > 3 && kind == 3) tile_of<TYPE_D>(tile, act, kb, lane, acc);
+        else if (kind) tile_of<TYPE_B>(tile, act, kb, lane, acc);
         else tile_of<TYPE>(tile, act, kb, lane, acc);
     }
 };

@@ -16,6 +16,7 @@ from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor
 from multitensor.kernels.quant_tensor import QuantTensor
 
 _COLUMNS_OF_A_ROW_TILE = (256, 128, 64)  # of layer_rows.cu, the first for which shared memory has room
+_TYPE_NAMES = ("TYPE", "TYPE_B", "TYPE_C", "TYPE_D")  # of layer_tiles.cu
 _COLUMN_UNIT = 8  # 16 bytes, what the copies move at least
 
 
@@ -53,15 +54,15 @@ class LayerWeights(ABC):
         """For the compiler."""
 
     def kinds(self, weights: Sequence[QuantTensor]) -> int:
-        """A bit a matrix that is of the second of two types."""
+        """Two bits a matrix: the number of its type."""
         return 0
 
 
 @dataclass(frozen=True)
 class Tiles(LayerWeights):
-    """Quantised weights of one or two types (twice the same name where there is one)."""
+    """Quantised weights of one to four types, in the order in which they are found."""
 
-    types: tuple[str, str]
+    types: tuple[str, ...]
     listed = True
     sources = ("gemv.cu", "layer_tiles.cu", "layer.cu")
 
@@ -83,10 +84,12 @@ class Tiles(LayerWeights):
         return _tiled(w).tiles
 
     def defines(self) -> dict[str, object]:
-        return {"TYPE": self.types[0], "TYPE_B": self.types[1]}
+        names = self.types if len(self.types) > 1 else 2 * self.types
+        defines: dict[str, object] = dict(zip(_TYPE_NAMES, names, strict=False))
+        return defines | ({"TYPES": len(names)} if len(names) > 2 else {})
 
     def kinds(self, weights: Sequence[QuantTensor]) -> int:
-        return sum(1 << i for i, w in enumerate(weights) if w.type.name != self.types[0])
+        return sum(self.types.index(w.type.name) << (2 * i) for i, w in enumerate(weights))
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,11 @@ class FloatRows(LayerWeights):
 
 
 def ways_to_lie(weights: Iterable[QuantTensor]) -> tuple[LayerWeights, ...]:
-    """How one launch can read all these weights, the best way first; none: not alike, or of more than two types."""
+    """How one launch can read all these weights, the best way first; none: not alike, or of too many types."""
     found = list(weights)
     if all(isinstance(w, TiledTensor) for w in found):
-        names = list(dict.fromkeys(w.type.name for w in found))
-        return (Tiles((names[0], names[-1])),) if 0 < len(names) <= 2 else ()
+        names = tuple(dict.fromkeys(w.type.name for w in found))
+        return (Tiles(names),) if 0 < len(names) <= len(_TYPE_NAMES) else ()
     planes = [w.planes.get("weight") for w in found]
     first = planes[0]
     if first is None or first.dtype not in (torch.float16, torch.bfloat16):
