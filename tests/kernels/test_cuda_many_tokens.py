@@ -159,6 +159,7 @@ class PlainNorm(DecodeKernels):
 
     def add_rms_norm(self, residual: torch.Tensor, partial: Any, *args: Any, **options: Any) -> None:
         weight, eps, out = args
+        assert not options["early"]  # what it adds may come from another stream
         self.asked.append((out.dtype, options["post_weight"] is not None))
         out.copy_(reference.add_rms_norm(partial, residual, weight, eps, options["offset"], options["post_weight"])[0])
 

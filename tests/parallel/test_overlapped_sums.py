@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,11 +49,13 @@ def test_a_group_of_one() -> None:
 
 
 def test_what_it_held_is_let_go_after_the_wait() -> None:
-    partial, calls = torch.zeros(2, 3), []
-    reduction = Reduction(partial, torch.zeros(2, 3), lambda: calls.append(1) or partial)  # type: ignore[func-returns-value]
-    assert not calls
-    assert reduction.wait() is partial and reduction.wait() is partial
-    assert calls == [1] and reduction._finish is None
+    partial, normed, calls = torch.zeros(2, 3), torch.zeros(2, 3), []
+    reduction = Reduction(partial, torch.zeros(2, 3), lambda: calls.append(1) or normed)  # type: ignore[func-returns-value]
+    held = weakref.ref(partial)
+    del partial
+    assert held() is not None and not calls
+    assert reduction.wait() is normed and reduction.wait() is normed
+    assert held() is None and calls == [1]
 
 
 class Streams:

@@ -15,10 +15,12 @@ class Reduction:
     """
 
     def __init__(self, partial: torch.Tensor, residual: torch.Tensor, finish: Callable[[], torch.Tensor]) -> None:
-        """finish: waits, adds to the residual in place, and returns the normalised rows."""
+        """finish: waits, adds to the residual in place, and returns the normalised rows. partial: held until then, or
+        other work might get its memory while it is still read."""
         self.shape: tuple[int, ...] = tuple(partial.shape)
         self.dtype = partial.dtype
         self.residual = residual
+        self._partial: torch.Tensor | None = partial
         self._finish: Callable[[], torch.Tensor] | None = finish
         self._normed: torch.Tensor | None = None
 
@@ -31,6 +33,6 @@ class Reduction:
         """The normalised rows, for whatever is queued from now on; `residual` is up to date then, too. Every rank waits
         in the order in which the reductions began."""
         if self._finish is not None:
-            self._normed, self._finish = self._finish(), None  # what it held, the partial sums, may be freed now
+            self._normed, self._finish, self._partial = self._finish(), None, None
         assert self._normed is not None
         return self._normed

@@ -189,8 +189,8 @@ class TorchGroup(Group):
         eps: float,
         post_norm_weight: torch.Tensor | None = None,
     ) -> Reduction:
-        """NCCL's sums travel on a stream of their own, whose few blocks go before those of the products beside them.
-        The host waits for nothing: the streams wait for each other's events. Not yet run on a GPU."""
+        """Large sums travel on a stream of their own, whose few blocks go before those of the products beside them. The
+        host waits for nothing: the streams wait for each other's events. Not yet run on a GPU."""
         partial = partial.contiguous()
         if not self.overlaps or self._peers_for(partial, residual) is not None:
             return super().start_reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)
@@ -198,7 +198,6 @@ class TorchGroup(Group):
             self._side = torch.cuda.Stream(self.device, priority=-1)
         self._side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._side):
-            # Allocated on the other stream: `finish` holds it until that stream waits for this one.
             total = self.all_reduce(partial)
             summed = self._side.record_event()
 

@@ -242,7 +242,8 @@ class CudaKernels(Kernels):
         if not norm.norm_takes(residual, x, weight, post_weight):
             return super().add_rms_norm(x, residual, weight, eps, offset, post_weight)
         normed = torch.empty_like(x)
-        norm.add_rms_norm(residual, x, weight, eps, normed, post_weight=post_weight, offset=offset)
+        # x may be a sum that another stream made (Group.start_reduce_add_norm).
+        norm.add_rms_norm(residual, x, weight, eps, normed, post_weight=post_weight, offset=offset, early=False)
         return normed, residual
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:

@@ -62,11 +62,13 @@ class DecodeKernels:
         *,
         post_weight: torch.Tensor | None = None,
         offset: float = 0.0,
+        early: bool = True,
     ) -> None:
         """residual (float32 [S, H]) += partial ([S, H] float32 or out's type; None: nothing), through its own RMS norm
         first where post_weight is given; out = rms_norm(residual) * (weight + offset), float16 or bfloat16 [S, H].
 
-        Weights are float32 [H]; H a multiple of 4, at most 16384. As Group.reduce_add_norm after its sum.
+        Weights are float32 [H]; H a multiple of 4, at most 16384. As Group.reduce_add_norm after its sum. early: may be
+        launched before the kernel before it on the stream has ended, for which it then waits itself, and for no other.
         """
         tokens, hidden = residual.shape
         if hidden % 4 or hidden > MAX_HIDDEN:
@@ -75,7 +77,7 @@ class DecodeKernels:
         kind = KINDS[out.dtype if partial is None else partial.dtype]
         program = self.program(HIDDEN=hidden, NTHREADS=threads, X_KIND=KINDS[out.dtype], PARTIAL_KIND=kind)
         arguments = (residual, or_null(partial), or_null(post_weight), weight, out, float(eps), float(offset))
-        launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=self.overlap)
+        launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=early and self.overlap)
 
     def norm_takes(self, residual: torch.Tensor, partial: torch.Tensor, *weights: torch.Tensor | None) -> bool:
         """Whether `add_rms_norm` can do it with an `out` of partial's type, which is float16 or bfloat16."""
