@@ -13,7 +13,10 @@ from multitensor.kernels.cpu import native
 
 FINE: dict[str, Any] = {
     "ok": True,
-    "layers": [{"layer": 0, "error": 2e-6, "run_error": 0.04}, {"layer": 1, "error": 3e-6, "run_error": 0.02}],
+    "layers": [
+        {"layer": 0, "error": 2e-6, "run_error": 0.04, "cache_error": 1e-3},
+        {"layer": 1, "error": 3e-6, "run_error": 0.02, "cache_error": 2e-3},
+    ],
     "embedding_error": 0.0,
     "output_norm_error": 1e-7,
     "lm_head_error": 1e-6,
@@ -27,6 +30,7 @@ FINE: dict[str, Any] = {
     "arithmetic": "activations in float32, KV cache in f16",
     "tolerance": 1e-4,
     "run_tolerance": 0.3,
+    "cache_tolerance": 0.01,
     "kl_tolerance": 0.02,
 }
 
@@ -36,10 +40,11 @@ def printed(capsys: pytest.CaptureFixture[str], **changes: Any) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
-def test_three_figures_with_their_tolerances(capsys: pytest.CaptureFixture[str]) -> None:
+def test_four_figures_with_their_tolerances(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys)
     assert "exact float32, resident weights: 3.00e-06 (layer 1), tolerance 1.0e-04: ok" in lines
     assert "as the engine runs: 4.00e-02 (layer 0), tolerance 3.0e-01: ok" in lines
+    assert "keys and values in the cache: 2.00e-03 (layer 1), tolerance 1.0e-02: ok" in lines
     assert "logits as the engine runs: 4.00e-03 (mean KL in nats), tolerance 2.0e-02: ok" in lines
     assert "the engine runs with activations in float32, KV cache in f16" in lines
     assert lines[-2:] == ["largest KL 2.00e-02, top-1 agreement 95.0%", "ok"]
@@ -60,7 +65,7 @@ def test_three_figures_with_their_tolerances(capsys: pytest.CaptureFixture[str])
             "token_embd.weight on rank 1 is not what the file holds",
         ),
         (
-            {"layers": [{"layer": 0, "error": 2e-6, "run_error": 0.4}]},
+            {"layers": [{"layer": 0, "error": 2e-6, "run_error": 0.4, "cache_error": 0.0}]},
             "as the engine runs: 4.00e-01 (layer 0), tolerance 3.0e-01",
             "the computation differs",
         ),
@@ -71,14 +76,17 @@ def test_what_fails_says_so(
 ) -> None:
     lines = printed(capsys, ok=False, **changes)
     judged = [line for line in lines if "tolerance" in line]
-    assert len(judged) == 3 and [line.endswith(": FAILED") for line in judged].count(True) == 1
+    assert len(judged) == 4 and [line.endswith(": FAILED") for line in judged].count(True) == 1
     assert next(line for line in judged if line.endswith(": FAILED")).startswith(failing)
     assert lines[-1].startswith("FAILED: ") and lines[-1].endswith(cause)
 
 
 def test_what_is_not_finite_has_no_figures(capsys: pytest.CaptureFixture[str]) -> None:
     gone = {"ok": False, "kl_mean": None, "kl_max": None, "top1_agreement": None}
-    layers = [{"layer": 0, "error": 1e-6, "run_error": 0.1}, {"layer": 1, "error": NOT_FINITE, "run_error": NOT_FINITE}]
+    layers = [
+        {"layer": 0, "error": 1e-6, "run_error": 0.1, "cache_error": 0.0},
+        {"layer": 1, "error": NOT_FINITE, "run_error": NOT_FINITE, "cache_error": NOT_FINITE},
+    ]
     lines = printed(capsys, **gone, layers=layers, not_finite_tensor="blk.1.ffn_down.weight", not_finite_rank=1)
     assert not any("e+30" in line or "%" in line for line in lines)
     assert "exact float32, resident weights: not finite (layer 1), tolerance 1.0e-04: FAILED" in lines

@@ -107,8 +107,46 @@ def test_low_precision_is_within_its_own_tolerance(gemma: Path, dtype: str, kv_t
     report = verify(gemma, dtype=dtype, kv_type=kv_type, exact=exact)
     assert report["ok"]
     assert all(entry["error"] < 2e-5 for entry in report["layers"])
-    if (dtype, kv_type) != ("float32", "f32"):
+    kept = max(entry["cache_error"] for entry in report["layers"])
+    assert kept == 0 if kv_type == "f32" else kept > 1e-5
+    if dtype != "float32":
         assert max(entry["run_error"] for entry in report["layers"]) > 1e-5  # it really ran at that precision
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16", "q8", "q4"])
+def test_what_a_cache_rounds_hides_no_wrong_computation(quantised: Path, kv_type: str) -> None:
+    """Scores a hundredth too large are far below what four bits of keys do to a layer."""
+
+    def damage(runner: ModelRunner) -> None:
+        runner.decoder.layers[1].attention.scale *= 1.01
+
+    right = verify(quantised, kv_type=kv_type)
+    assert all(entry["run_error"] < right["run_tolerance"] == 1e-4 for entry in right["layers"])
+    report = verify(quantised, damage, kv_type=kv_type)
+    assert not report["ok"] and report["first_bad_tensor"] is None
+    assert [entry["run_error"] > report["run_tolerance"] for entry in report["layers"]] == [False, True, False]
+    assert all(entry["cache_error"] < report["cache_tolerance"] for entry in report["layers"])
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "factor"), [("f32", 1.0001), ("f16", 1.002), ("bf16", 1.01), ("q8", 1.03), ("q4", 1.2)]
+)
+def test_what_is_written_wrongly_into_a_cache_is_seen(
+    quantised: Path, kv_type: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damage(runner: ModelRunner) -> None:
+        write = runner.kernels.write_kv
+
+        def wrong(k: torch.Tensor, v: torch.Tensor, *where: Any) -> None:
+            write(k, v * factor, *where)
+
+        if runner.rank == 1:
+            monkeypatch.setattr(runner.kernels, "write_kv", wrong)
+
+    report = verify(quantised, damage, kv_type=kv_type)
+    assert not report["ok"] and report["first_bad_tensor"] is None
+    assert all(entry["cache_error"] > report["cache_tolerance"] for entry in report["layers"])
+    assert all(entry["run_error"] < report["run_tolerance"] for entry in report["layers"])
 
 
 def test_a_wrong_bit_is_found_whatever_the_precision(quantised: Path) -> None:

@@ -72,6 +72,9 @@ def _print(report: dict[str, Any]) -> None:
     _judge(console, "exact float32, resident weights", exact, report["tolerance"])
     worst = max(report["layers"], key=lambda entry: entry["run_error"])
     _judge(console, "as the engine runs", {f"layer {worst['layer']}": worst["run_error"]}, report["run_tolerance"])
+    worst = max(report["layers"], key=lambda entry: entry["cache_error"])
+    kept = {f"layer {worst['layer']}": worst["cache_error"]}
+    _judge(console, "keys and values in the cache", kept, report["cache_tolerance"])
     _judge(console, "logits as the engine runs", {"mean KL in nats": report["kl_mean"]}, report["kl_tolerance"])
     console.print(f"the engine runs with {report['arithmetic']}")
     if report["kl_mean"] is None:

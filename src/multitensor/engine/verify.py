@@ -6,8 +6,10 @@ the device a few rows at a time, in float32 and plain torch, so a model larger t
 
 Each layer of the split chain starts from the whole chain's hidden state, so that errors of the layers before do not
 blur it, and runs twice: in exact float32, where nothing but a wrong weight or a wrong cut can make a difference, and as
-the engine runs it, where roundings of the compute dtype (and of activations to 8 bits) are allowed for. Beside that the
-engine's chain runs on its own from end to end, which gives the divergence of the logits. When a layer is out of
+the engine runs it, where roundings of the compute dtype (and of activations to 8 bits) are allowed for. What its cache
+rounds is judged by itself: the keys and values in it against exact ones, and the layer against plain float32 that reads
+the very same cache. Beside that the engine's chain runs on its own from end to end, which gives the divergence of the
+logits. When a layer is out of
 tolerance its weights are compared bit by bit, and the first tensor and rank that disagree are named; when they agree
 but something is not finite, the first tensor that holds NaN or infinity is.
 """
@@ -22,11 +24,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from multitensor.config import EngineConfig
+from multitensor.engine.verify_errors import (
+    NOT_FINITE,
+    cache_error,
+    kl_divergence,
+    layer_error,
+    max_error,
+    rms_error,
+)
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.cache_tensor import make_cache
+from multitensor.kernels.cache_tensor import CacheTensor, make_cache
 from multitensor.kernels.dequantize import dequantize
-from multitensor.kernels.dispatch import make_kernels
+from multitensor.kernels.dispatch import Kernels, make_kernels
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_tensors
 from multitensor.loading.streamed import StreamingKernels, stream_weights, whole_rows
@@ -39,8 +49,6 @@ from multitensor.sharding.plan import Plan, Ratios, Slice, TensorPlan, make_plan
 if TYPE_CHECKING:
     from multitensor.engine.runner import ModelRunner
 
-KL_SCRATCH_BYTES = 64 << 20
-NOT_FINITE = 1e30  # stands for an error that is no number, since JSON has no NaN
 _FINITE_CHUNK = 1 << 24  # weights looked at together
 
 
@@ -48,11 +56,23 @@ _FINITE_CHUNK = 1 << 24  # weights looked at together
 LAYER_TOLERANCE = 1e-4
 
 
+# What a type of cache adds to the errors of the keys and values in it, and to the KL.
+_CACHE_TOLERANCE = {
+    "f32": (0.0, 0.0),
+    "f16": (7e-4, 1e-3),
+    "bf16": (5e-3, 1e-2),
+    "q8": (1.2e-2, 5e-3),
+    "q4": (1.5e-1, 2e-1),
+}
+
+
 @dataclass(frozen=True)
 class Tolerance:
-    """layer: of a layer as the engine runs it (see `_layer_error`); kl: of the logits' mean divergence, in nats."""
+    """layer: of a layer as the engine runs it (see `verify_errors.layer_error`); cache: of the keys and values that it
+    keeps (`cache_error`); kl: of the logits' mean divergence, in nats."""
 
     layer: float
+    cache: float
     kl: float
 
 
@@ -63,31 +83,17 @@ def rounds_to_8_bits(runner: ModelRunner) -> bool:
 
 
 def tolerance(config: EngineConfig, plan: Plan, *, rounded: bool) -> Tolerance:
-    """What rounding alone explains, times about three; a wrong tensor gives errors of about 1.
-
-    Measured on SmolLM2-135M Q4_1 and Gemma-3-270M Q4_K_M (the worse of both): float32 4e-6 and 5e-11; with a float16
-    cache 3e-3 and 4e-6; float16 3e-3 and 7e-5; bfloat16 4e-2 and 8e-3. Activations rounded to 8 bits, over 1, 2 and 3
-    CPU ranks and five prompts of about 20 to 60 tokens: SmolLM2 9.2e-2 and 5.0e-3, Gemma 1.8e-1 and 3.2e-3 (7.4e-2 at a
-    single position). The number of ranks moves the KL by a fifth, and the error of a layer not at all. A cache in q8:
-    1.2e-1 and 2.3e-4; in q4: 8e-1 and 6e-2, so that only the exact layers tell a wrong tensor from it.
-    """
-    base = _tolerance(config, plan, rounded=rounded)
-    if plan.kv_type == "q8":
-        return Tolerance(layer=max(base.layer, 4e-1), kl=base.kl + 5e-3)
-    if plan.kv_type == "q4":
-        return Tolerance(layer=3.0, kl=base.kl + 2e-1)
-    return base
-
-
-def _tolerance(config: EngineConfig, plan: Plan, *, rounded: bool) -> Tolerance:
-    """Of all roundings but those of a quantised cache."""
+    """What rounding alone explains, times about three; a wrong tensor gives errors of about 1."""
     if rounded:
-        return Tolerance(layer=5e-1, kl=1.5e-2)
-    if config.dtype == "bfloat16" or plan.kv_type == "bf16":
-        return Tolerance(layer=1.5e-1, kl=3e-2)
-    if config.dtype == "float16" or plan.kv_type == "f16":
-        return Tolerance(layer=2e-2, kl=1e-3)
-    return Tolerance(LAYER_TOLERANCE, kl=1e-6)
+        base = Tolerance(layer=5e-1, cache=1e-1, kl=1.5e-2)
+    elif config.dtype == "bfloat16":
+        base = Tolerance(layer=1.5e-1, cache=1e-2, kl=3e-2)
+    elif config.dtype == "float16":
+        base = Tolerance(layer=3e-2, cache=1.5e-3, kl=1e-3)
+    else:
+        base = Tolerance(layer=LAYER_TOLERANCE, cache=1e-5, kl=1e-6)
+    cache, kl = _CACHE_TOLERANCE[plan.kv_type]
+    return Tolerance(base.layer, base.cache + cache, base.kl + kl)
 
 
 def arithmetic(config: EngineConfig, plan: Plan, *, rounded: bool) -> str:
@@ -99,13 +105,14 @@ def arithmetic(config: EngineConfig, plan: Plan, *, rounded: bool) -> str:
 def verify(runner: ModelRunner, prompts: list[list[int]]) -> dict[str, Any]:
     """Collective: every rank calls it between steps, and every rank returns the same JSON-serialisable result:
 
-    ok; layers: one {"layer", "error", "run_error", "max_error", "rms", "drift"} each: error (exact float32) and
-    run_error (as the engine runs) are judged; max_error and rms are run_error's difference relative to the largest
-    element and to the mean square of the layer's output; drift is max_error of the chain that ran on its own;
+    ok; layers: one {"layer", "error", "run_error", "cache_error", "max_error", "rms", "drift"} each: error (exact
+    float32), run_error (as the engine runs, given the keys and values in its cache) and cache_error (of these) are
+    judged; max_error and rms are the layer's difference from the whole model's, relative to its largest element and to
+    its mean square; drift is max_error of the chain that ran on its own;
     embedding_error, lm_head_error: exact; kl_mean, kl_max: of whole || split over the positions; top1_agreement;
     whole_top1, split_top1: likeliest ids, a list a prompt; first_bad_tensor, first_bad_rank: what differs from the
     file, or None; not_finite_tensor, not_finite_rank: what holds NaN or infinity where the file does, or None;
-    tolerance, run_tolerance, kl_tolerance; arithmetic: how the engine runs, in words.
+    tolerance, run_tolerance, cache_tolerance, kl_tolerance; arithmetic: how the engine runs, in words.
     An error that is not finite is NOT_FINITE; kl_mean, kl_max and top1_agreement are None where logits are not finite.
     Raises InputError for prompts longer than the context.
     """
@@ -133,6 +140,15 @@ class _WholeChain:
         self.hidden, self.residual = self.decoder.layers[index](self.hidden, self.residual, self.step, self.cache)
 
 
+class _ReadingKernels(Kernels):
+    """Plain torch in float32 that takes a layer's keys and values as they lie in the cache."""
+
+    def write_kv(
+        self, k: torch.Tensor, v: torch.Tensor, k_cache: CacheTensor, v_cache: CacheTensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Nothing: the engine's own kernels have filled it."""
+
+
 class _Verification:
     def __init__(self, runner: ModelRunner, prompts: list[list[int]]) -> None:
         self.runner = runner
@@ -148,6 +164,7 @@ class _Verification:
         self.cache = _scratch_cache(self.inputs, self.plan, runner.rank, self.plan.kv_type, self.device)
         self.exact_cache = _scratch_cache(self.inputs, self.plan, runner.rank, "f32", self.device)
         self.exact_kernels = make_kernels(self.device, exact=True)
+        self.reading_kernels = _ReadingKernels(self.device, exact=True)
         self.whole = _WholeChain(runner, self.ids, self.inputs, max(self.lengths)) if runner.rank == 0 else None
         self.bad: tuple[str, int] | None = None
         self.not_finite: tuple[str, int] | None = None
@@ -158,13 +175,15 @@ class _Verification:
         step = self.split.begin(self.inputs)
         whole_x = self._share(self.whole.residual if self.whole else None)
         own_x = self.split.embedding(self.ids)
-        embedding_error = self._judge(_layer_error(own_x, whole_x, torch.zeros_like(whole_x)), [EMBEDDING])
+        embedding_error = self._judge(layer_error(own_x, whole_x, torch.zeros_like(whole_x)), [EMBEDDING])
         own = (self.split.first_norm(own_x), own_x)
         layers = []
         exact_hidden = own[0]
         for index, layer in enumerate(self.split.layers):
-            exact_hidden, exact = self._exact_layer(index, whole_x, step)
+            exact_hidden, exact = self._plain_layer(index, whole_x, step, self.exact_kernels, self.exact_cache)
             _, as_run = layer(self._normed(index, whole_x), whole_x.clone(), step, self.cache)
+            _, expected = self._plain_layer(index, whole_x, step, self.reading_kernels, self.cache)
+            kept = max(cache_error(found, exact) for found, exact in zip(self.cache, self.exact_cache, strict=True))
             own = layer(*own, step, self.cache)
             before = whole_x
             if self.whole:
@@ -174,16 +193,17 @@ class _Verification:
             layers.append(
                 {
                     "layer": index,
-                    "error": self._judge(_layer_error(exact, whole_x, before), names),
-                    "run_error": self._judge(_layer_error(as_run, whole_x, before), names, self.tolerance.layer),
-                    "max_error": _max_error(as_run, whole_x),
-                    "rms": _rms_error(as_run, whole_x),
-                    "drift": _max_error(own[1], whole_x),
+                    "error": self._judge(layer_error(exact, whole_x, before), names),
+                    "run_error": self._judge(layer_error(as_run, expected, before), names, self.tolerance.layer),
+                    "cache_error": self._judge(kept, names, self.tolerance.cache),
+                    "max_error": max_error(as_run, whole_x),
+                    "rms": rms_error(as_run, whole_x),
+                    "drift": max_error(own[1], whole_x),
                 }
             )
         final = self._share(self.whole.hidden if self.whole else None)
         # Every rank normalises for itself, so every rank's result is looked at.
-        norm_error = self._judge(_layer_error(exact_hidden, final, torch.zeros_like(final)), ["output_norm.weight"])
+        norm_error = self._judge(layer_error(exact_hidden, final, torch.zeros_like(final)), ["output_norm.weight"])
         head = {"embedding_error": embedding_error, "output_norm_error": norm_error}
         return self._report(head, layers, final, own[0])
 
@@ -192,11 +212,13 @@ class _Verification:
         weight = self.split.layers[index].first_norm
         return self.runner.kernels.rms_norm(x, weight, self.plan.spec.norm_eps).to(self.runner.dtype)
 
-    def _exact_layer(self, index: int, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+    def _plain_layer(
+        self, index: int, x: torch.Tensor, step: Step, kernels: Kernels, cache: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The resident layer on the stream x in float32: (normalised, residual), each [T, hidden]."""
-        layer = DecoderLayer(self.plan, self.runner.rank, index, self.runner.weights, self.exact_kernels, self.group)
-        hidden = self.exact_kernels.rms_norm(x, layer.first_norm, self.plan.spec.norm_eps)
-        return layer(hidden, x.clone(), step, self.exact_cache)
+        layer = DecoderLayer(self.plan, self.runner.rank, index, self.runner.weights, kernels, self.group)
+        hidden = kernels.rms_norm(x, layer.first_norm, self.plan.spec.norm_eps)
+        return layer(hidden, x.clone(), step, cache)
 
     def _share(self, x: torch.Tensor | None) -> torch.Tensor:
         """Rank 0's float32 [T, hidden], on every rank: the sum with the others' zeros."""
@@ -235,9 +257,9 @@ class _Verification:
         logits = self.split.logits(own_hidden)
         reference = exact if wanted is None else wanted
         head_error = self._judge(
-            _layer_error(exact, reference, torch.zeros_like(reference)), [lm_head_name(self.plan.spec)]
+            layer_error(exact, reference, torch.zeros_like(reference)), [lm_head_name(self.plan.spec)]
         )
-        divergence = _kl_divergence(reference, logits)
+        divergence = kl_divergence(reference, logits)
         whole_top1, split_top1 = reference.argmax(-1), logits.argmax(-1)
         kl_mean = float(divergence.mean())
         # A row of NaN has a "likeliest" id too, so agreement would mean nothing.
@@ -260,6 +282,7 @@ class _Verification:
             "arithmetic": arithmetic(self.runner.config, self.plan, rounded=rounds_to_8_bits(self.runner)),
             "tolerance": LAYER_TOLERANCE,
             "run_tolerance": self.tolerance.layer,
+            "cache_tolerance": self.tolerance.cache,
             "kl_tolerance": self.tolerance.kl,
         }
         return self.group.gather_objects(result)[0]  # type: ignore[return-value]
@@ -361,39 +384,3 @@ def _whole_plan(plan: Plan, context: int) -> Plan:
         max_num_seqs=plan.max_num_seqs,
         max_batch_tokens=plan.max_batch_tokens,
     )
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else NOT_FINITE
-
-
-def _layer_error(found: torch.Tensor, wanted: torch.Tensor, before: torch.Tensor) -> float:
-    """The worst position's error, relative to what the layer adds to the stream there (its largest element).
-
-    The stream may be thousands of times larger than what one layer adds; float32's rounding of it is allowed for.
-    """
-    difference = (found - wanted).abs().amax(-1)
-    added = (wanted - before).abs().amax(-1)
-    stream = torch.maximum(wanted.abs().amax(-1), before.abs().amax(-1))
-    excess = (difference - 2 * torch.finfo(torch.float32).eps * stream).clamp(min=0)
-    return _finite(float((excess / added.clamp(min=1e-30)).max()))
-
-
-def _max_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return _finite(float((found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-30)))
-
-
-def _rms_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    rms = (found - wanted).square().mean().sqrt()
-    return _finite(float(rms / wanted.square().mean().sqrt().clamp(min=1e-30)))
-
-
-def _kl_divergence(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """Sum of p log(p / q) of each row, in nats, float64 [T]; a bounded number of rows at a time."""
-    step = max(1, KL_SCRATCH_BYTES // (4 * 8 * wanted.shape[-1]))
-    parts = []
-    for start in range(0, wanted.shape[0], step):
-        p = wanted[start : start + step].double().log_softmax(-1)
-        q = found[start : start + step].double().log_softmax(-1)
-        parts.append((p.exp() * (p - q)).sum(-1))
-    return torch.cat(parts)
