@@ -1,4 +1,5 @@
-"""The devices a plan cuts over: GPUs through NVML, CPU ranks from this machine's memory (never imports torch)."""
+"""The devices a plan cuts over: GPUs through NVML, AMD's through the kernel's files, CPU ranks from this machine's
+memory (never imports torch)."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 from multitensor.config import DeviceRequest
 from multitensor.errors import InputError
+from multitensor.sharding.amd_gpus import find_amd_gpus
 
 MAX_RANKS = 64
 
@@ -72,7 +74,7 @@ def _requested(requests: tuple[DeviceRequest, ...], tensor_parallel_size: int | 
 
 
 def _cuda_ranks(requests: Sequence[DeviceRequest]) -> tuple[Device, ...]:
-    gpus = {gpu.index: gpu for gpu in find_gpus()}
+    gpus = {gpu.index: gpu for gpu in find_gpus() or _amd_gpus()}
     found = []
     for request in requests:
         gpu = gpus.get(request.index)
@@ -81,6 +83,14 @@ def _cuda_ranks(requests: Sequence[DeviceRequest]) -> tuple[Device, ...]:
         capacity = gpu.capacity_bytes if request.cap_bytes is None else min(request.cap_bytes, gpu.capacity_bytes)
         found.append(Device(gpu.name, "cuda", gpu.index, capacity, gpu.total_bytes, gpu.description, gpu.uuid))
     return tuple(found)
+
+
+def _amd_gpus() -> list[Device]:
+    """For who names them: nothing has run on such a GPU yet, so they are never chosen unasked."""
+    return [
+        Device(f"cuda:{index}", "cuda", index, gpu.free, gpu.total, f"AMD {gpu.name}")
+        for index, gpu in enumerate(find_amd_gpus())
+    ]
 
 
 def _list(gpus: Sequence[Device]) -> str:
