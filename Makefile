@@ -5,7 +5,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 BIN    := $(VENV)/bin
 
-.PHONY: install models demo test lint clean
+.PHONY: install models demo test test-gpu lint clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: install
 	$(BIN)/multitensor pull smollm2-135m || echo "the tests that need SmolLM2 will be skipped"
 	$(BIN)/multitensor pull gemma3-270m || echo "the tests that need Gemma 3 will be skipped"
 	$(BIN)/python -m pytest
+
+# The tests that need GPUs, dealt over those that are here.
+test-gpu: install
+	$(BIN)/python tools/gpu_tests.py
 
 lint: install
 	$(BIN)/ruff check .

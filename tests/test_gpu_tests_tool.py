@@ -1,0 +1,34 @@
+"""tools/gpu_tests.py: which tests it finds, and that it tells what it had no time for."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools" / "gpu_tests.py"
+ONE = "test_what_does_not_fit_is_refused and layer_kernel"
+
+
+@pytest.mark.parametrize(("limit", "left_out"), [("100", False), ("0", True)])
+def test_a_test_is_run_or_told_as_not_run(limit: str, left_out: bool, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(TOOL), "-k", ONE, "--limit", limit, "--logs", str(tmp_path), "--json", str(result)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    told = json.loads(result.read_text())
+    ((name, counts),) = told["files"].items()
+    assert name == "tests/gpu/test_layer_kernel.py" and sum(counts.values()) == 1
+    assert ("not run" in counts) == left_out
+    assert run.returncode == left_out, run.stdout + run.stderr
+    assert told["failures"] == []
+
+
+def test_without_gpus_it_says_so(tmp_path: Path) -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run([sys.executable, str(TOOL)], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and "no CUDA device" in run.stderr
