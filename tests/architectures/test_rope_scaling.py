@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -173,3 +174,20 @@ def test_what_is_not_supported_or_wrong_is_named(settings: dict[str, Any], messa
     if settings.get("rope_type") == "longrope":
         with pytest.raises(InputError, match=message):
             read_gguf_rope(Fields({"llama.rope.scaling.type": "longrope"}, "llama.", "a.gguf"), HEAD_DIM, CONTEXT)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("freq_base", 1.0), ("freq_base", 0.0), ("scaling.yarn_beta_fast", -1.0), ("scaling.yarn_beta_slow", 1e-300)],
+)
+def test_gguf_values_without_a_meaning_are_named(name: str, value: float) -> None:
+    keys = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, f"llama.rope.{name}": value}
+    with pytest.raises(InputError, match=f"a.gguf: llama.rope.{name} is "):
+        make_rope(read_gguf_rope(Fields(keys, "llama.", "a.gguf"), HEAD_DIM, CONTEXT), "half")
+
+
+def test_llama3_may_have_one_factor_for_long_and_short_waves() -> None:
+    turns = CONTEXT / (2 * math.pi)  # of the first frequency, 1
+    settings = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": turns, "high_freq_factor": turns}
+    rope = make_rope(read_config_rope(fields({"rope_parameters": settings}), HEAD_DIM, CONTEXT), "half")
+    assert rope.inverse_frequencies[0] == 1.0 and rope.inverse_frequencies[1] < 0.5

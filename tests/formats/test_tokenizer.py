@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -434,6 +435,36 @@ def test_broken_vocabularies_are_refused() -> None:
         from_metadata(gguf_metadata("llama", ["a", "b"], scores=[0.0]))
     with pytest.raises(InputError, match="token_type has 1 entries for 2 tokens"):
         from_metadata(gguf_metadata("llama", ["a", "b"], scores=[0.0, 0.0], kinds=[1]))
+
+
+@pytest.mark.parametrize(
+    "value", [7, 1.5, True, "text", [1], [[1]], ["a", 2], np.arange(3), np.zeros((2, 2)), [float("nan")]]
+)
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "ggml.model",
+            "ggml.pre",
+            "ggml.tokens",
+            "ggml.token_type",
+            "ggml.merges",
+            "ggml.scores",
+            "ggml.eos_token_id",
+        ),
+        *("ggml.add_bos_token", "ggml.add_space_prefix", "chat_template", "chat_template.tool_use"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_values_of_the_wrong_kind_are_refused_in_one_short_line_or_understood(kind: str, key: str, value: Any) -> None:
+    metadata = gguf_metadata(kind, [*byte_tokens(), "a"], merges=[], scores=[0.0] * 257, kinds=[1] * 257, pre="gpt-2")
+    metadata[f"tokenizer.{key}"] = value
+    try:
+        tokenizer = load_tokenizer(Checkpoint("gguf", Path("small.gguf"), (), "llama", metadata, {}))
+    except InputError as error:
+        assert "\n" not in str(error) and len(str(error)) < 200
+        return
+    assert tokenizer is None or isinstance(tokenizer.encode("he", bos=True), list)
 
 
 def test_end_tokens_are_known_by_name_and_by_number() -> None:

@@ -111,7 +111,7 @@ def read_activation(fields: Fields, key: str, default: str) -> Literal["silu", "
         return "silu"
     if name in ("gelu_pytorch_tanh", "gelu_new", "gelu_tanh"):
         return "gelu_tanh"
-    raise fields.error(key, f"is {name!r}, which is not supported yet; supported: silu, gelu_pytorch_tanh")
+    raise fields.error(key, f"is {name[:40]!r}, which is not supported yet; supported: silu, gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,8 @@ class Fields:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.raw(name)
+        if value is not None and not isinstance(value, int):
+            raise self.error(name, f"is {str(value)[:40]!r}; true or false was expected")
         return default if value is None else bool(value)
 
     def text(self, name: str, default: str) -> str:

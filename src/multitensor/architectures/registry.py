@@ -37,7 +37,7 @@ def resolve(checkpoint: Checkpoint) -> ModelSpec:
         )
     if declare is None:
         raise InputError(
-            f"{checkpoint.path.name}: unknown architecture {checkpoint.architecture!r}; known: "
+            f"{checkpoint.path.name}: unknown architecture {checkpoint.architecture[:40]!r}; known: "
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     spec = declare(checkpoint)

@@ -18,6 +18,8 @@ from multitensor.errors import InputError
 Style = Literal["interleaved", "half"]
 
 KINDS = ("default", "linear", "llama3", "yarn", "dynamic")
+LEAST_BASE = 1.001  # at 1 every pair would turn alike, and yarn's ramp has no place
+LEAST_TURNS = 1e-3  # of yarn's betas
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def make_rope(p: RopeParameters, style: Style, *, use_factors_tensor: bool = Fal
 def _llama3(frequency: float, p: RopeParameters) -> float:
     """Long wavelengths are slowed by `factor`, short ones kept, those between blended."""
     turns = p.original_context * frequency / (2.0 * math.pi)  # in the original context
-    if turns > p.high_freq_factor:
+    if turns >= p.high_freq_factor:
         return frequency
     if turns < p.low_freq_factor:
         return frequency / p.factor
@@ -111,12 +113,12 @@ def read_gguf_rope(fields: Fields, head_dim: int, train_context: int, default_ba
         kind = "linear"
     own = RopeParameters(
         dim=_rotated(fields.integer("rope.dimension_count", head_dim), head_dim),
-        base=fields.number("rope.freq_base", default_base, minimum=1.0),
+        base=fields.number("rope.freq_base", default_base, minimum=LEAST_BASE),
         kind=kind,
         factor=factor,
         original_context=fields.integer("rope.scaling.original_context_length", train_context),
-        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
-        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
+        beta_fast=_turns(fields, "rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=_turns(fields, "rope.scaling.yarn_beta_slow", 1.0),
         extrapolation=fields.number("rope.scaling.yarn_ext_factor", 1.0),
     )
     # llama.cpp multiplies by attn_factor whatever the kind, and ignores yarn_attn_factor where the ramp is applied.
@@ -148,14 +150,14 @@ def read_config_rope(
             where.number(key)
     return RopeParameters(
         dim=_rotated(dim, head_dim),
-        base=where.number("rope_theta", fields.number("rope_theta", default_base), minimum=1.0),
+        base=where.number("rope_theta", fields.number("rope_theta", default_base), minimum=LEAST_BASE),
         kind=kind,
         factor=factor,
         original_context=original,
         low_freq_factor=where.number("low_freq_factor", 1.0),
         high_freq_factor=where.number("high_freq_factor", 4.0),
-        beta_fast=where.number("beta_fast", 32.0) or 32.0,
-        beta_slow=where.number("beta_slow", 1.0) or 1.0,
+        beta_fast=_turns(where, "beta_fast", 32.0),
+        beta_slow=_turns(where, "beta_slow", 1.0),
         attention_factor=where.number("attention_factor") if given_factor else None,
         mscale=where.number("mscale", 0.0),
         mscale_all_dim=where.number("mscale_all_dim", 0.0),
@@ -176,9 +178,14 @@ def _config_section(fields: Fields, layer_type: str) -> Mapping[str, Any]:
     return {} if any(isinstance(value, Mapping) for value in settings.values()) else settings
 
 
+def _turns(fields: Fields, name: str, default: float) -> float:
+    """One of yarn's betas; 0 stands for the default. Raises InputError."""
+    return fields.number(name, default, minimum=LEAST_TURNS) if fields.raw(name) != 0 else default
+
+
 def _known_kind(fields: Fields, name: str, kind: str) -> str:
     if kind not in KINDS:
-        raise fields.error(name, f"is {kind!r}, which is not supported yet; supported: {', '.join(KINDS)}")
+        raise fields.error(name, f"is {kind[:40]!r}, which is not supported yet; supported: {', '.join(KINDS)}")
     return kind
 
 

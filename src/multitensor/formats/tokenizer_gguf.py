@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import Regex, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Pipeline
 from tokenizers.models import BPE
@@ -81,13 +82,12 @@ class PartsEncoder:
 
 def read_gguf(checkpoint: Checkpoint) -> tuple[Vocabulary, Traits, Encoder] | None:
     """The parts of the tokenizer, or None without a vocabulary. Raises InputError for unsupported or broken ones."""
-    metadata = checkpoint.metadata
-    model = metadata.get(_KEY + "model")
-    if model in (None, "none", "no_vocab") or _KEY + "tokens" not in metadata:
+    model = _text(checkpoint, _KEY + "model")
+    if model in ("", "none", "no_vocab") or _KEY + "tokens" not in checkpoint.metadata:
         return None
     if model not in (*_BPE_MODELS, _SPM_MODEL):
         raise InputError(
-            f"{checkpoint.path.name}: tokenizer model {model!r} is not supported; known are gpt2, gemma4 and llama"
+            f"{checkpoint.path.name}: tokenizer model {model[:40]!r} is not supported; known are gpt2, gemma4 and llama"
             " (pass token ids instead of text)"
         )
     vocabulary = _vocabulary(checkpoint, byte_level=model == "gpt2")
@@ -96,11 +96,43 @@ def read_gguf(checkpoint: Checkpoint) -> tuple[Vocabulary, Traits, Encoder] | No
     return _bpe(checkpoint, vocabulary, model)
 
 
+def _text(checkpoint: Checkpoint, key: str) -> str:
+    """A text of the file; empty where it has none. Raises InputError for anything else."""
+    value = checkpoint.metadata.get(key)
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{checkpoint.path.name}: {key} is {str(value)[:40]!r}; text was expected")
+    return value or ""
+
+
+def _flag(checkpoint: Checkpoint, name: str, default: bool) -> bool:
+    """Yes or no, as the file says. Raises InputError for anything else."""
+    value = checkpoint.metadata.get(_KEY + name, default)
+    if not isinstance(value, int):
+        raise InputError(f"{checkpoint.path.name}: {_KEY}{name} is {str(value)[:40]!r}; true or false was expected")
+    return bool(value)
+
+
+def _texts(checkpoint: Checkpoint, name: str) -> list[str]:
+    """A list of the file; empty where it has none. Raises InputError for anything else."""
+    value = checkpoint.metadata.get(_KEY + name, [])
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise InputError(f"{checkpoint.path.name}: {_KEY}{name} is no list of texts; the file is broken")
+    return value
+
+
+def _numbers(checkpoint: Checkpoint, name: str, kinds: str) -> list[Any]:
+    """A list of numbers of the file; empty where it has none. kinds: of numpy's dtypes. Raises InputError."""
+    value = checkpoint.metadata.get(_KEY + name, [])
+    listed = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    array = np.asarray(value) if listed or isinstance(value, np.ndarray) else None
+    if array is None or (array.size and (array.ndim != 1 or array.dtype.kind not in kinds)):
+        raise InputError(f"{checkpoint.path.name}: {_KEY}{name} is no list of numbers; the file is broken")
+    return array.tolist()
+
+
 def _vocabulary(checkpoint: Checkpoint, byte_level: bool) -> Vocabulary:
-    texts = [clean(text) or f"[EMPTY_{i}]" for i, text in enumerate(checkpoint.metadata[_KEY + "tokens"])]
-    kinds = [int(kind) for kind in checkpoint.metadata.get(_KEY + "token_type", ())] or [int(TokenKind.NORMAL)] * len(
-        texts
-    )
+    texts = [clean(text) or f"[EMPTY_{i}]" for i, text in enumerate(_texts(checkpoint, "tokens"))]
+    kinds = _numbers(checkpoint, "token_type", "iu") or [int(TokenKind.NORMAL)] * len(texts)
     if len(kinds) < len(texts):
         raise InputError(
             f"{checkpoint.path.name}: {_KEY}token_type has {len(kinds)} entries for {len(texts)} tokens;"
@@ -112,8 +144,7 @@ def _vocabulary(checkpoint: Checkpoint, byte_level: bool) -> Vocabulary:
 
 
 def _spm(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[Vocabulary, Traits, Encoder]:
-    metadata = checkpoint.metadata
-    scores = list(metadata.get(_KEY + "scores", ()))
+    scores = _numbers(checkpoint, "scores", "iuf")
     if len(scores) < len(vocabulary.texts):
         raise InputError(
             f"{checkpoint.path.name}: {_KEY}scores has {len(scores)} entries for {len(vocabulary.texts)} tokens;"
@@ -127,7 +158,7 @@ def _spm(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[Vocabulary, Tr
     }
     by_byte = {byte_of(text): i for text, i in vocabulary.named((TokenKind.BYTE,))}
     byte_ids = [by_byte.get(bytes([byte])) for byte in range(256)]
-    prefix_space = bool(metadata.get(_KEY + "add_space_prefix", True))
+    prefix_space = _flag(checkpoint, "add_space_prefix", True)
     traits = _traits(checkpoint, vocabulary, _SPM_IDS, add_bos=True, strip_space=prefix_space)
     unknown = _special_ids(checkpoint, len(vocabulary.texts), _SPM_IDS)[0]["unknown"]
     merger = ScoreMerger(pieces, byte_ids, unknown)
@@ -135,19 +166,18 @@ def _spm(checkpoint: Checkpoint, vocabulary: Vocabulary) -> tuple[Vocabulary, Tr
 
 
 def _bpe(checkpoint: Checkpoint, vocabulary: Vocabulary, model: str) -> tuple[Vocabulary, Traits, Encoder]:
-    metadata = checkpoint.metadata
-    name = "gemma4" if model == "gemma4" else str(metadata.get(_KEY + "pre") or "")
+    name = "gemma4" if model == "gemma4" else _text(checkpoint, _KEY + "pre")
     kind = find_pre_tokenizer(name or DEFAULT)
     warnings: tuple[str, ...] = ()
     if kind is None or not name:
         kind = kind or find_pre_tokenizer(DEFAULT)
-        said = f"pre-tokenizer {name!r} is unknown" if name else "the file names no pre-tokenizer"
+        said = f"pre-tokenizer {name[:40]!r} is unknown" if name else "the file names no pre-tokenizer"
         warnings = (f"{checkpoint.path.name}: {said}; using {DEFAULT!r}, so token ids may differ from the model's own",)
     assert kind is not None  # the default is in the table
     if not kind.byte_level:
         vocabulary = Vocabulary(vocabulary.texts, vocabulary.kinds, byte_level=False)
     pipeline = _bpe_pipeline(checkpoint, vocabulary, kind)
-    prefix_space = bool(metadata.get(_KEY + "add_space_prefix", False)) and not kind.byte_level
+    prefix_space = _flag(checkpoint, "add_space_prefix", False) and not kind.byte_level
     traits = _traits(checkpoint, vocabulary, {}, add_bos=kind.add_bos, strip_space=prefix_space, warnings=warnings)
 
     def plain(text: str) -> list[int]:
@@ -160,13 +190,12 @@ def _bpe_pipeline(checkpoint: Checkpoint, vocabulary: Vocabulary, kind: PreToken
     """BPE over the tokens that text may become; merges that name another token are left out."""
     hidden = (TokenKind.CONTROL, TokenKind.UNKNOWN)
     known = {text: i for i, text in enumerate(vocabulary.texts) if vocabulary.kinds[i] not in hidden}
-    lines = checkpoint.metadata.get(_KEY + "merges")
-    if lines is None:
+    if _KEY + "merges" not in checkpoint.metadata:
         raise InputError(
             f"{checkpoint.path.name}: {_KEY}merges is missing; the file is broken or needs converting anew"
         )
     merges = []
-    for line in lines:
+    for line in _texts(checkpoint, "merges"):
         cut = line.find(" ", 1)
         left, right = line[:cut], line[cut + 1 :]
         if cut > 0 and left in known and right in known and left + right in known:
@@ -187,7 +216,7 @@ def _encoder(
     user_defined = vocabulary.named((TokenKind.USER_DEFINED,))
     hidden = vocabulary.named((TokenKind.CONTROL, TokenKind.UNKNOWN))
     strip_after: frozenset[int] = frozenset()
-    if any(name in str(checkpoint.metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3")):
+    if any(name in _text(checkpoint, "general.name").lower() for name in ("phi-3", "phi3")):
         # Phi-3's own tokenizer says so of its special tokens; GGUF has no field for it, so llama.cpp goes by name too
         kept = ("<unk>", "<s>", "<|endoftext|>")
         strip_after = frozenset(i for text, i in user_defined + hidden if text not in kept)
@@ -226,17 +255,17 @@ def _traits(
     return Traits(
         bos_id=ids["bos"],
         eos_ids=end_ids(vocabulary, (ids["eos"], ids["eot"], ids["eom"])),
-        add_bos=bool(checkpoint.metadata.get(_KEY + "add_bos_token", add_bos)) and ids["bos"] is not None,
+        add_bos=_flag(checkpoint, "add_bos_token", add_bos) and ids["bos"] is not None,
         strip_space=strip_space,
-        chat_templates=_chat_templates(checkpoint.metadata),
+        chat_templates=_chat_templates(checkpoint),
         special_texts=special_texts,
         warnings=(*warnings, *told),
     )
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+def _chat_templates(checkpoint: Checkpoint) -> dict[str, str]:
     prefix = "tokenizer.chat_template"
-    templates = {key[len(prefix) + 1 :]: str(value) for key, value in metadata.items() if key.startswith(prefix + ".")}
-    if metadata.get(prefix):
-        templates["default"] = str(metadata[prefix])
-    return templates
+    named = [key for key in checkpoint.metadata if key.startswith(prefix + ".")]
+    templates = {key[len(prefix) + 1 :]: _text(checkpoint, key) for key in named}
+    default = _text(checkpoint, prefix)
+    return {**templates, "default": default} if default else templates
