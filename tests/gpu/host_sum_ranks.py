@@ -1,6 +1,7 @@
 """Large sums through the host's memory, in a process that may be lost: run by test_host_sums.py.
 
-    host_sum_ranks.py together RANKS WIRE        all ranks on one GPU, with lanes and mailboxes of their own
+    host_sum_ranks.py together RANKS WIRE MATHS  all ranks on one GPU, with lanes and mailboxes of their own; MATHS:
+                                                 "kernels" or "torch"
     host_sum_ranks.py rank R SIZE STORE WIRE     rank R of SIZE, a GPU each, through the real group
     host_sum_ranks.py dies R SIZE STORE          the same; the last rank leaves after a few sums
 
@@ -20,12 +21,13 @@ os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # streams that share a queue w
 
 import torch
 
+from multitensor.kernels.cuda.chunks import ChunkKernels
 from multitensor.kernels.cuda.flags import Flags
 from multitensor.parallel.cuda_lanes import CudaLanes
 from multitensor.parallel.host_memory import HostMemory, _lock, section_bytes
 from multitensor.parallel.large_sums import LargeSums
 from multitensor.parallel.shared_region import SharedRegion
-from multitensor.parallel.wire import WireName
+from multitensor.parallel.wire import TorchMath, WireName
 from multitensor.sharding.memory import HOST_CHUNK_BYTES, HOST_SLOTS, MIB
 
 NBYTES = 2 * HOST_SLOTS * HOST_CHUNK_BYTES + MIB
@@ -59,7 +61,7 @@ def digest(results: list[torch.Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def together(size: int, wire: WireName) -> dict[str, Any]:
+def together(size: int, wire: WireName, maths: str) -> dict[str, Any]:
     device = torch.device("cuda:0")
     torch.cuda.set_device(device)
     torch.zeros(1, device=device)
@@ -71,8 +73,10 @@ def together(size: int, wire: WireName) -> dict[str, Any]:
         LargeSums(lane, memory, slots=HOST_SLOTS, slot_bytes=HOST_CHUNK_BYTES, wire=wire)
         for lane, memory in zip(lanes, memories, strict=True)
     ]
+    kernels = ChunkKernels(size, device)
     for lane, own in zip(lanes, sums, strict=True):
         lane.place_flags(own.flags)
+        own.math = kernels if maths == "kernels" else TorchMath()
     results: list[list[torch.Tensor]] = [[] for _ in range(size)]
     found: list[str] = []
     for warm in (True, False):
@@ -177,7 +181,7 @@ def dies(rank: int, size: int, store: str) -> dict[str, Any]:
 if __name__ == "__main__":
     with torch.inference_mode():
         if sys.argv[1] == "together":
-            result = together(int(sys.argv[2]), cast(WireName, sys.argv[3]))
+            result = together(int(sys.argv[2]), cast(WireName, sys.argv[3]), sys.argv[4])
         elif sys.argv[1] == "dies":
             result = dies(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
         else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 from unittest.mock import patch
 
 import torch
@@ -14,8 +15,10 @@ import torch
 from multitensor.config import KV_GROUP
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cache_tensor import make_cache
-from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, prefill, reduce, small_batch
+from multitensor.kernels.cuda import chunks, decode, flags, float_matrix, layer, matrix, prefill, reduce, small_batch
+from multitensor.kernels.cuda.chunks import ChunkKernels, WireName
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
+from multitensor.kernels.cuda.flags import Flags
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
 from multitensor.kernels.cuda.layer import LayerKernel, LayerShape, Places
 from multitensor.kernels.cuda.layer_weights import FloatRows, Tiles
@@ -58,7 +61,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (decode, float_matrix, layer, matrix, prefill, reduce, small_batch):
+        for module in (chunks, decode, flags, float_matrix, layer, matrix, prefill, reduce, small_batch):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -171,13 +174,21 @@ def peer_requests(turn: int) -> None:
         hidden, x_type = (576, 8192, 16384)[(turn + number) % 3], FLOATS[(turn + number) % 3]
         places = torch.zeros(ranks, dtype=torch.int64)
         residual = torch.zeros(1, hidden)
-        for parts in (1, 4) if clusters else (1,):
-            reduction = PeerReduction(places, ranks - 1, hidden, 64, parts=parts)
+        for parts, mailbox in product((1, 4) if clusters else (1,), (False, True)):
+            reduction = PeerReduction(places, ranks - 1, hidden, 64, parts=parts, mailbox=mailbox)
             for partial in {x_type, torch.float32}:
                 out = residual.to(x_type)
                 reduction.reduce_add_norm(residual.to(partial), residual, residual[0], 1e-5, out)
-        gather = PeerGather(places, 0, [512] * ranks, 8)
-        gather.gather(torch.zeros(1, 512), torch.zeros(1, 512 * ranks))
+        for mailbox in (False, True):
+            gather = PeerGather(places, 0, [512] * ranks, 8, mailbox=mailbox)
+            gather.gather(torch.zeros(1, 512), torch.zeros(1, 512 * ranks))
+
+
+def chunk_requests(turn: int) -> None:
+    """What large sums through the host's memory compute, and their flags."""
+    for number, (wire, dtype) in enumerate((wire, dtype) for wire in get_args(WireName) for dtype in FLOATS):
+        ChunkKernels((2, 3, 8, 16)[(turn + number) % 4], CPU).prepare(wire, dtype)
+    Flags(0, CPU)
 
 
 def layer_requests(turn: int) -> None:
@@ -222,5 +233,6 @@ REQUESTS = (
     decode_requests,
     prefill_requests,
     peer_requests,
+    chunk_requests,
     layer_requests,
 )

@@ -206,7 +206,7 @@ class Queue:
         """All that was launched, in equal parts by rank, each rank's in a row. False: they wait for each other for
         ever. All must be of one kernel."""
         program, name, _, first = self.launches[0]
-        key = repr((program.sources, program.defines))
+        key = repr((program.sources, program.defines, name))
         if key not in self.libraries:
             place = self.folder / str(len(self.libraries))
             place.mkdir()

@@ -78,7 +78,8 @@ class Group(ABC):
     def describe_reductions(self) -> dict[str, Any]:
         """small: how sums of few rows travel, in two words; why: why not over peer memory, or None; warning: what
         people should be told of that, or None; microseconds: by number of rows and way, as timed, with the norm.
-        large: how sums of many rows travel; large_why: why not through the host's memory, where there is some;
+        large: how sums of many rows travel; large_why: why not through the host's memory, where there is some, or why
+        with torch's operations;
         large_microseconds: as timed, without the norm."""
         small = "none" if self.size == 1 else "host memory"
         told: dict[str, Any] = {"small": small, "why": None, "warning": None, "microseconds": {}}

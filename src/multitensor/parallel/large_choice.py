@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from multitensor.kernels.cuda.chunks import ChunkKernels
 from multitensor.parallel.cuda_lanes import CudaLanes
 from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.large_sums import LargeSums
 from multitensor.parallel.trials import NO_ANSWER, TRIAL_MS, failure_of, first_reason
-from multitensor.parallel.wire import WireName
+from multitensor.parallel.wire import TorchMath, WireName
 from multitensor.sharding.memory import HOST_CHUNK_BYTES, HOST_SLOTS, MIB
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ ROWS = (128, 512, 2048)  # that are timed; other numbers go as the next smaller 
 CHUNKS = (MIB, HOST_CHUNK_BYTES)
 _TRIAL_CHUNK = MIB // 8
 _REPEATS = 4
+ALIGNED = 16  # bytes: where four numbers of any type begin
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ def decide(timings: Sequence[LargeTiming]) -> list[tuple[int, int]]:
 class LargeChoice:
     """What a group does with sums of many rows of `hidden` numbers in `dtype`: nothing, until `choose` was called."""
 
-    def __init__(self, sums: LargeSums, hidden: int, dtype: torch.dtype, wire: WireName) -> None:
+    def __init__(
+        self, sums: LargeSums, hidden: int, dtype: torch.dtype, wire: WireName, without_kernels: str | None = None
+    ) -> None:
+        """without_kernels: why torch's operations do what kernels of our own do elsewhere."""
+        self._without_kernels = without_kernels
         self._sums, self._row_bytes, self._dtype, self._wire = sums, hidden * dtype.itemsize, dtype, wire
         self._chosen: list[tuple[int, int]] = []
         self.timings: list[LargeTiming] = []
@@ -78,8 +84,8 @@ class LargeChoice:
         return found
 
     def all_reduce(self, x: torch.Tensor, chunk: int) -> torch.Tensor:
-        """x, contiguous, becomes the sum."""
-        return self._sums.all_reduce(x, chunk)
+        """x, contiguous, becomes the sum, or a copy of it, where it lies too crookedly."""
+        return self._sums.all_reduce(x.clone() if x.data_ptr() % ALIGNED else x, chunk)
 
     def describe(self, other: str) -> dict[str, Any]:
         """The large ones of Group.describe_reductions; other: the name of the other way."""
@@ -90,7 +96,7 @@ class LargeChoice:
         }
         return {
             "large": f"{name} from {self._chosen[0][0]} rows on" if self._chosen else other,
-            "large_why": None if self._chosen else f"{other} is faster here",
+            "large_why": self._without_kernels if self._chosen else f"{other} is faster here",
             "large_microseconds": {
                 rows: {way: round(1e6 * seconds, 1) for way, seconds in each.items()} for rows, each in ways.items()
             },
@@ -116,16 +122,34 @@ def make_large_choice(group: Group, hidden: int, dtype: torch.dtype, wire: WireN
     if reason is not None:
         return reason
     lanes, sums = made[0]
-    lanes.flags.limit_ms = -TRIAL_MS
-    for kind, count in ((dtype, 9 * _TRIAL_CHUNK // dtype.itemsize + 77), (torch.float32, 1000), (dtype, 1)):
-        trial = partial(_wrong_sum, group, lanes, sums, kind, count, wire)
-        reason = reason or first_reason(group, trial)  # the same on all ranks
-    lanes.flags.limit_ms = lanes.flags.patience_ms
+    kernels = ChunkKernels(group.size, memory.device)
+    reason = first_reason(group, partial(failure_of, partial(_prepare, kernels, dtype, wire)))
+    sums.math = kernels
+    reason = reason or _trials(group, lanes, sums, dtype, wire)
+    without_kernels = reason
+    if reason is not None:
+        sums.math = TorchMath()
+        reason = _trials(group, lanes, sums, dtype, wire)
     if reason is not None:
         return reason
-    choice = LargeChoice(sums, hidden, dtype, wire)
+    choice = LargeChoice(sums, hidden, dtype, wire, without_kernels)
     choice.choose(group, memory.device)
     return choice
+
+
+def _prepare(kernels: ChunkKernels, dtype: torch.dtype, wire: WireName) -> None:
+    kernels.prepare(wire, dtype)
+    kernels.prepare("exact", torch.float32)
+
+
+def _trials(group: Group, lanes: CudaLanes, sums: LargeSums, dtype: torch.dtype, wire: WireName) -> str | None:
+    """What is wrong with some sums; None: nothing. The same on all ranks, which therefore all stop at the same one."""
+    lanes.flags.limit_ms = -TRIAL_MS
+    reason: str | None = None
+    for kind, count in ((dtype, 9 * _TRIAL_CHUNK // dtype.itemsize + 77), (torch.float32, 1000), (dtype, 1)):
+        reason = reason or first_reason(group, partial(_wrong_sum, group, lanes, sums, kind, count, wire))
+    lanes.flags.limit_ms = lanes.flags.patience_ms
+    return reason
 
 
 def _make(memory: HostMemory, wire: WireName) -> tuple[CudaLanes, LargeSums]:

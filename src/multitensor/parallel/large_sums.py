@@ -26,7 +26,7 @@ import torch
 
 from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.shared_region import LINE
-from multitensor.parallel.wire import GROUP, WireName, decode, encode, row_bytes
+from multitensor.parallel.wire import GROUP, ChunkMath, TorchMath, WireName, row_bytes
 
 Lane = Literal["caller", "up", "down", "sum"]
 SENT, DONE, READ = range(3)
@@ -72,7 +72,7 @@ class LargeSums:
 
     memory: carved from here; nobody may send before all ranks have made theirs. slots: chunks under way at most, 4 or
     more. slot_bytes: of the largest chunk. wire: of 16-bit numbers; others travel exactly. shares: see above; by
-    default with three ranks and more.
+    default with three ranks and more. math: what computes; may be replaced between sums.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class LargeSums:
         self._sums = torch.empty(slots, slot_bytes if self._shares else 0, dtype=torch.uint8, device=place)
         self._free: list[object] = [None] * slots  # the end of the last work with a slot's places on the device
         self._number = 0
+        self.math: ChunkMath = TorchMath()
 
     def all_reduce(self, x: torch.Tensor, chunk_bytes: int | None = None) -> torch.Tensor:
         """x, contiguous, becomes the sum; x itself is returned. What the caller's lane gets afterwards finds it there.
@@ -186,15 +187,11 @@ class LargeSums:
 
     def _upload(self, chunk: _Chunk) -> None:
         numbers, rows = chunk.numbers, self._rows
-        whole = len(numbers) == rows * chunk.length
-        if not whole:
-            numbers = torch.nn.functional.pad(numbers, (0, rows * chunk.length - len(numbers)))
-        numbers = numbers.view(rows, chunk.length)
-        if whole and self._wire_of(chunk) == "exact":
-            chunk.packed = numbers.view(torch.uint8)
+        if self._wire_of(chunk) == "exact" and len(numbers) == rows * chunk.length:
+            chunk.packed = numbers.view(rows, chunk.length).view(torch.uint8)
         else:
             chunk.packed = self._rows_of(self._packed, chunk, rows)
-            encode(self._wire_of(chunk), numbers, chunk.packed)
+            self.math.pack(self._wire_of(chunk), numbers, chunk.length, chunk.packed)
         own, nbytes = self._memory.rank, self._row_bytes(chunk)
         for first, stop in ((0, own), (own + 1, rows)) if self._shares else ((0, 1),):
             if first < stop:
@@ -217,36 +214,20 @@ class LargeSums:
         start = self._chunks + chunk.slot * self._slot_bytes + row * self._row_bytes(chunk)
         self._fetch(chunk, start, self._rows_of(self._parts, chunk, self._memory.size - 1))
 
-    def _total(self, chunk: _Chunk, own: torch.Tensor) -> torch.Tensor:
-        """float32 [1, length], in rank order; own: this rank's part, of any float type."""
-        received = self._rows_of(self._parts, chunk, self._memory.size - 1)
-        wire, dtype = self._wire_of(chunk), chunk.numbers.dtype
-        parts = [own.float()] * self._memory.size
-        for place, rank in self._others():
-            parts[rank] = decode(wire, received[place : place + 1], chunk.length, dtype)
-        total = parts[0] + parts[1]
-        for part in parts[2:]:
-            total += part
-        return total
-
     def _add(self, chunk: _Chunk) -> None:
-        if chunk.packed is None:
-            raise RuntimeError("a chunk is added before it was sent")
-        # As the others see it, so that all ranks add the same.
-        own = decode(self._wire_of(chunk), chunk.packed, chunk.length, chunk.numbers.dtype)
-        chunk.numbers.copy_(self._total(chunk, own)[0, : len(chunk.numbers)])
+        """Everything; this rank's own part as the others see it, so that all add the same."""
+        wire, received = self._wire_of(chunk), self._rows_of(self._parts, chunk, self._memory.size - 1)
+        own = None if wire == "exact" or chunk.packed is None else chunk.packed[0]
+        self.math.add(wire, chunk.numbers, own, received, self._memory.rank, chunk.length, None)
 
     def _share(self, chunk: _Chunk, rank: int) -> torch.Tensor:
         """The numbers of a rank's share, fewer than a row at the end of a tensor, or none."""
         return chunk.numbers[rank * chunk.length : (rank + 1) * chunk.length]
 
     def _add_share(self, chunk: _Chunk) -> None:
-        wire, dtype, share = self._wire_of(chunk), chunk.numbers.dtype, self._share(chunk, self._memory.rank)
-        own = torch.nn.functional.pad(share, (0, chunk.length - len(share))).view(1, -1)
-        total = self._total(chunk, own)
-        result = self._rows_of(self._packed, chunk, 1)
-        encode(wire, total.to(dtype) if wire == "exact" else total, result)
-        share.copy_(decode(wire, result, chunk.length, dtype)[0, : len(share)])
+        rank, received = self._memory.rank, self._rows_of(self._parts, chunk, self._memory.size - 1)
+        share, result = self._share(chunk, rank), self._rows_of(self._packed, chunk, 1)[0]
+        self.math.add(self._wire_of(chunk), share, None, received, rank, chunk.length, result)
 
     def _upload_result(self, chunk: _Chunk) -> None:
         result = self._rows_of(self._packed, chunk, 1)[0]
@@ -260,6 +241,4 @@ class LargeSums:
     def _finish(self, chunk: _Chunk) -> None:
         received = self._rows_of(self._sums, chunk, self._memory.size - 1)
         for place, rank in self._others():
-            share = self._share(chunk, rank)
-            row = decode(self._wire_of(chunk), received[place : place + 1], chunk.length, chunk.numbers.dtype)
-            share.copy_(row[0, : len(share)])
+            self.math.unpack(self._wire_of(chunk), received[place], chunk.length, self._share(chunk, rank))

@@ -9,12 +9,13 @@ tests/parallel/test_large_sums.py). Numbers that are not finite make all of thei
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-WireName = Literal["exact", "q8"]
-GROUP = 32  # numbers with a common scale; rows of all wires have a multiple of it
+from multitensor.kernels.cuda.chunks import GROUP, WireName
+
 _MOST = 127
 
 
@@ -45,3 +46,64 @@ def decode(wire: WireName, packed: torch.Tensor, length: int, dtype: torch.dtype
     count = packed.shape[0]
     codes = packed[:, :length].view(torch.int8).float().view(count, length // GROUP, GROUP)
     return (codes * packed[:, length:].view(torch.float32).unsqueeze(-1)).view(count, length)
+
+
+class ChunkMath(Protocol):
+    """What is computed of a chunk where it lies. numbers: 16- or 32-bit floats, 1-D, fewer than a row's at the end of a
+    tensor. Rows are of `length` numbers, a multiple of GROUP, as the wire writes them."""
+
+    def pack(self, wire: WireName, numbers: torch.Tensor, length: int, rows: torch.Tensor) -> None:
+        """numbers, and zeros behind them -> rows: uint8 [R, row_bytes]."""
+
+    def add(
+        self,
+        wire: WireName,
+        numbers: torch.Tensor,
+        own: torch.Tensor | None,
+        received: torch.Tensor,
+        rank: int,
+        length: int,
+        result: torch.Tensor | None,
+    ) -> None:
+        """numbers become the sum, in rank order and in float32. Rank `rank`'s part is the row `own`, or None: numbers
+        themselves; the other ranks' are the rows of `received`. result: where the sum is written too, as a row; numbers
+        become what it then says."""
+
+    def unpack(self, wire: WireName, row: torch.Tensor, length: int, numbers: torch.Tensor) -> None:
+        """row: uint8 [row_bytes] -> numbers."""
+
+
+class TorchMath:
+    """ChunkMath by torch's own operations, on any device."""
+
+    def pack(self, wire: WireName, numbers: torch.Tensor, length: int, rows: torch.Tensor) -> None:
+        padded = torch.nn.functional.pad(numbers, (0, rows.shape[0] * length - len(numbers)))
+        encode(wire, padded.view(-1, length), rows)
+
+    def add(
+        self,
+        wire: WireName,
+        numbers: torch.Tensor,
+        own: torch.Tensor | None,
+        received: torch.Tensor,
+        rank: int,
+        length: int,
+        result: torch.Tensor | None,
+    ) -> None:
+        dtype = numbers.dtype
+        parts: Sequence[torch.Tensor] = list(decode(wire, received, length, dtype))
+        if own is None:
+            mine = torch.nn.functional.pad(numbers, (0, length - len(numbers))).float()
+        else:
+            mine = decode(wire, own.view(1, -1), length, dtype)[0]
+        parts = [*parts[:rank], mine, *parts[rank:]]
+        total = parts[0] + parts[1]
+        for part in parts[2:]:
+            total += part
+        if result is not None:
+            encode(wire, (total.to(dtype) if wire == "exact" else total).view(1, -1), result.view(1, -1))
+            total = decode(wire, result.view(1, -1), length, dtype)[0]
+        numbers.copy_(total[: len(numbers)])
+
+    def unpack(self, wire: WireName, row: torch.Tensor, length: int, numbers: torch.Tensor) -> None:
+        numbers.copy_(decode(wire, row.view(1, -1), length, numbers.dtype)[0, : len(numbers)])
