@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -11,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thread_lanes import ThreadLanes, mailboxes
+from rank_fakes import run_forked
+from thread_lanes import CPU, ThreadLanes, mailboxes
 
 from multitensor.errors import RankFailed
+from multitensor.parallel.host_memory import HostMemory, open_host_memory
 from multitensor.parallel.large_sums import LargeSums
+from multitensor.parallel.torch_group import make_torch_group
 from multitensor.parallel.wire import GROUP, WireName, decode, encode, row_bytes
 
 SLOT_BYTES = 7168  # a multiple of 4 * 64
@@ -181,6 +186,38 @@ def test_a_rank_that_is_gone_is_an_error_and_no_hang(size: int, shares: bool) ->
         results = in_threads(size, one)
         assert results[-1] == "gone" and time.monotonic() - began < 60
         assert all(isinstance(result, RankFailed) for result in results[:-1]), results
+
+
+@pytest.mark.processes
+def test_processes_sum_until_one_is_killed() -> None:
+    """Memory opened as the ranks of a group do; the last rank kills itself in the middle, and the others' waits end."""
+    size, store = 3, os.memfd_create("store")
+
+    def one(rank: int) -> Any:
+        group = make_torch_group(rank, size, CPU, f"/proc/self/fd/{store}", "gloo", None)
+        lock = (lambda address, nbytes: address), (lambda address: None)
+        memory = open_host_memory(rank, size, CPU, NBYTES, group.gather_objects, lock, lambda memory: None)
+        assert isinstance(memory, HostMemory), memory
+        lanes = ThreadLanes(memory, patience=3.0)
+        sums = LargeSums(lanes, memory, slots=SLOTS, slot_bytes=SLOT_BYTES)
+        lanes.flags = sums.flags
+        group.barrier()
+        for turn in range(3):
+            parts = parts_of(size, 30001, torch.float16, turn)
+            assert torch.equal(sums.all_reduce(parts[rank].clone()), in_order(parts).half())
+        if rank == size - 1:
+            if os.fork() == 0:  # answers for the rank, which does not live to
+                return "killed"
+            os.kill(os.getpid(), signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(RankFailed):
+            sums.all_reduce(torch.ones(50000, dtype=torch.float16))
+        return time.monotonic() - began < 30
+
+    try:
+        assert run_forked(size, one) == [True, True, "killed"]
+    finally:
+        os.close(store)
 
 
 def test_nothing_to_sum_and_senseless_chunks() -> None:
