@@ -96,6 +96,7 @@ def test_a_model_with_and_without_peer_memory(tmp_path: Path) -> None:
     told, memory, _ = found[False]
     assert "--no-p2p" in told["why"] and memory[0]["peer_bytes"] == 0
     assert told["small"] == "NCCL" or told["small"].startswith("host memory up to "), told
+    assert memory[0]["host_bytes"] > 32 << 20
     assert set(told["microseconds"]) == {1, 8, 64}, told  # mailboxes have passed their trial and were timed
     told, memory, _ = found[None]
     if memory[0]["peer_bytes"]:

@@ -44,7 +44,8 @@ P2p = Annotated[
     bool | None,
     typer.Option(
         "--p2p/--no-p2p",
-        help="Whether GPUs may use each other's memory. Default: where a probe finds that it works.",
+        help="Whether GPUs may use each other's memory. Default: where a probe finds that it works. Elsewhere sums go "
+        "through the host's memory or NCCL, whichever is faster.",
         show_default=False,
     ),
 ]

@@ -306,7 +306,8 @@ class ModelRunner:
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, as measured: resident weights, KV cache, and on a GPU what torch's allocator
-        has handed out and reserved and what peers see of it, on a CPU the resident memory of the process."""
+        has handed out and reserved, what peers see of it and what they see of the host's memory, on a CPU the resident
+        memory of the process."""
         held = {id(weight): weight.nbytes for weight in self.weights.values()}
         result = {
             "weights_bytes": sum(held.values()),
@@ -316,6 +317,8 @@ class ModelRunner:
             result["allocated_bytes"] = torch.cuda.memory_allocated(self.device)
             peer_memory = self.group.peer_memory
             result["peer_bytes"] = peer_memory.local.nbytes if peer_memory is not None else 0
+            host_memory = self.group.host_memory
+            result["host_bytes"] = host_memory.local.nbytes if host_memory is not None else 0
             result["reserved_bytes"] = torch.cuda.memory_reserved(self.device)
         else:
             import psutil
