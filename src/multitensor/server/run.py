@@ -81,6 +81,9 @@ async def serve(
         lifespan="on",
     )
     server = _Server(config, started)
+    # Making the app takes a moment, and Ctrl-C meanwhile takes effect at the next await: here, with nothing begun, and
+    # not within uvicorn's start, which would answer with a traceback.
+    await asyncio.sleep(0)
     await server.serve([sock])
 
 
