@@ -58,6 +58,7 @@ _PTX: dict[str, _Translation] = {
     "trap": lambda: "abort();",
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
     "mov.u64 %0, %%globaltimer": lambda to: f"{to} = 0;",
+    "cp.async.bulk.prefetch.L2.global": lambda at, size: f"read_only({at}, {size});",
     "mbarrier.init": lambda at: f"copy_barrier_init(at_shared({at}), 1);",
     "mbarrier.arrive.expect_tx": lambda at, size: f"copy_expect(at_shared({at}), {size});",
     "cp.async.bulk.shared": lambda to, source, size, at: (

@@ -54,6 +54,7 @@ class Case:
     logits: bool = False
     start: int = 0  # column of a super-block at which the slices of output and down begin
     tile: int = 0  # columns of a float tile
+    ahead: tuple[int, int] = (0, 0)  # tiles that the cache reads ahead
     warps: int = 2
     blocks: int = 2
     launches: int = 2  # of a step: three or four sets of places take turns, whatever their number
@@ -67,14 +68,16 @@ CASES = {
     "three tokens, mail": Case(("Q5_0", "Q8_0"), torch.float16, ranks=2, relay=True, tokens=3, gelu=True, steps=4),
     "bfloat16, four tokens": Case(("BF16", "BF16"), torch.bfloat16, tile=256, tokens=4, logits=True, post=True),
     "float16, three tokens": Case(("F16", "F16"), torch.float16, tile=128, tokens=3, hidden=544, warps=3, steps=4),
-    "three types": Case(("Q4_K", "Q5_K", "Q6_K"), torch.float16, ranks=2),
+    "three types": Case(("Q4_K", "Q5_K", "Q6_K"), torch.float16, ranks=2, ahead=(32, 3)),
     "four types": Case(("Q3_K", "IQ4_XS", "MXFP4", "Q2_K"), torch.bfloat16, tokens=2, post=True, bias=True),
     "inside super-blocks": Case(("Q8_0", "Q4_1"), torch.float16, start=32, bias=True, gelu=True, warps=3),
     "mail, three ranks": Case(("Q5_K", "Q5_0"), torch.float16, ranks=3, relay=True, launches=1, steps=9),
     "mail, two tokens": Case(("Q6_K", "Q6_K"), torch.bfloat16, ranks=2, relay=True, tokens=2, post=True, bias=True),
     "float16": Case(("F16", "F16"), torch.float16, tile=64, post=True, bias=True, hidden=264, attention=72),
     "bfloat16, two ranks": Case(("BF16", "BF16"), torch.bfloat16, ranks=2, tile=256, tokens=2, gelu=True, blocks=3),
-    "bfloat16, mail": Case(("BF16", "BF16"), torch.bfloat16, ranks=2, relay=True, tile=128, warps=3, launches=3),
+    "bfloat16, mail": Case(
+        ("BF16", "BF16"), torch.bfloat16, ranks=2, relay=True, tile=128, warps=3, launches=3, ahead=(5, 2)
+    ),
     "float16 weights, bfloat16, mail of five": Case(
         ("F16", "F16"), torch.bfloat16, ranks=5, relay=True, tile=64, launches=1, steps=13, hidden=128, ffn=192
     ),
@@ -162,7 +165,12 @@ def make_ranks(case: Case, norms: dict[str, torch.Tensor | None]) -> list[Rank]:
             assert isinstance(lie, FloatRows)
             lie = FloatRows(lie.dtype, case.tile)
         shape = LayerShape.of([phases], case.tokens, case.blocks, lie)
-        sizes = {"hidden": case.hidden, "inner": weights.down[0][0].cols, "warps": case.warps}
+        sizes: dict[str, Any] = {
+            "hidden": case.hidden,
+            "inner": weights.down[0][0].cols,
+            "warps": case.warps,
+            "ahead": case.ahead,
+        }
         ranks.append(Rank(weights, phases, LayerKernel(gpu, shape, case.dtype, rank=rank, places=places, **sizes)))
     return ranks
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from multitensor.config import FLOAT_LAYERS, HOST_RELAY, LAYER_BATCHES, LAYER_TYPES
+from multitensor.config import FLOAT_LAYERS, HOST_RELAY, LAYER_AHEAD, LAYER_BATCHES, LAYER_TYPES
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels, joined_biases
 from multitensor.kernels.cuda.layer import (
     MAX_HIDDEN,
@@ -28,6 +29,7 @@ from multitensor.parallel.peer_memory import PeerMemory
 from multitensor.parallel.rank_memory import NOTHING
 from multitensor.sharding.plan import Plan
 
+_AHEAD = (6, 2)  # tiles of a warp, 30 MB of Q4_K on 132 multiprocessors: a guess, to be measured
 _MEASURED_TOKENS = 2  # on GPUs; up to MAX_TOKENS by name
 
 
@@ -67,7 +69,8 @@ class FusedLayers:
         if places is None or shape is None:
             return None
         inner = phases[0].down.weights[0].cols
-        kernel = LayerKernel(tiles, shape, decoder.dtype, hidden=hidden, rank=rank, places=places, inner=inner)
+        sizes: dict[str, Any] = {"hidden": hidden, "inner": inner, "ahead": _AHEAD if LAYER_AHEAD in tried else (0, 0)}
+        kernel = LayerKernel(tiles, shape, decoder.dtype, rank=rank, places=places, **sizes)
         return cls(decoder, phases, kernel, decoder.dtype, gelu=plan.spec.activation == "gelu_tanh")
 
     def run(

@@ -31,6 +31,14 @@ constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN, MAIL = (size_t)TOKENS *
 #ifndef RELAY
 #define RELAY false
 #endif
+// Tiles of a warp beyond its ring that the L2 cache reads ahead while there is nothing to multiply: while the kernel before
+// runs, and from one product to the next.
+#ifndef AHEAD_FIRST
+#define AHEAD_FIRST 0
+#endif
+#ifndef AHEAD_NEXT
+#define AHEAD_NEXT 0
+#endif
 constexpr int DEPTH = 8 / TOKENS;  // row groups whose sums over warps may be open at a time
 
 // Matrices with the same columns, one behind the other in the result. Bits 2 i and 2 i + 1 of kinds tell how matrix i lies.
@@ -116,6 +124,14 @@ __device__ __forceinline__ bool settle(const Fixed& fixed, Ahead& at) {
         at.kb = threadIdx.x >> 5;
     }
     return false;
+}
+struct TileAt {
+    int part, group, kb;
+};
+__device__ __forceinline__ TileAt tile_at(const Fixed& fixed, const Ahead& at) {
+    const Phase& p = fixed.phases[at.phase];
+    const Job job = job_at(p, at.phase, at.number);
+    return at.kb < p.n_kb ? TileAt{job.part, job.group, at.kb} : TileAt{1, job.group, at.kb - p.n_kb};
 }
 #endif
 
@@ -451,14 +467,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         ahead++;
 #else
         if (settle(fixed, ahead)) {
-            const Phase& p = phases[ahead.phase];
-            Job job = job_at(p, ahead.phase, ahead.number);
-            int kb = ahead.kb;
-            if (kb >= p.n_kb) {
-                kb -= p.n_kb;
-                job.part = 1;
-            }
-            fill_stage(target, p, job.part, job.group, kb, my_bars + stage, lane);
+            const TileAt tile = tile_at(fixed, ahead);
+            fill_stage(target, phases[ahead.phase], tile.part, tile.group, tile.kb, my_bars + stage, lane);
             ahead.kb += WARPS;
         }
 #endif
@@ -466,7 +476,20 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     };
+    auto cache_ahead = [&](int count) {
+#if LISTED
+        const int rest = listed - ahead;
+        read_ahead(list + ahead, min(count, rest), lane);
+#else
+        Ahead at = ahead;
+        for (int i = 0; i < count && settle(fixed, at); i++, at.kb += WARPS) {
+            const TileAt tile = tile_at(fixed, at);
+            read_ahead(phases[at.phase], tile.part, tile.group, tile.kb, lane);
+        }
+#endif
+    };
     for (int s = 0; s < NSTAGES; s++) fill(s);
+    if (AHEAD_FIRST) cache_ahead(AHEAD_FIRST);
 
     // The count of steps was there before the step's first kernel.
     const int set = (*(volatile const int*)steps * (launches % 3) + launch) % 3, stale = (set + 2) % 3;
@@ -546,6 +569,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 }
             }
         }
+        if (AHEAD_NEXT && phase != NEXT) cache_ahead(AHEAD_NEXT);
         __syncthreads();  // the activations are not needed any more
         if (RELAY && phase == NEXT) clear((uint4*)(fixed.mailbox + ((post + 2) % 4 - post) * (int)(2 * MAIL)), 2 * MAIL / 4, NOTHING);
         if (phase == NEXT && blockIdx.x == 0) {

@@ -49,6 +49,20 @@ __device__ __forceinline__ void fill_stage(u8* stage, const Phase& p, int part, 
 #endif
 }
 
+// Lets the L2 cache read ahead: a tile.
+template <class Phase>
+__device__ __forceinline__ void read_ahead(const Phase& p, int part, int group, int kb, int lane) {
+    const int first = group * ROWS, k = kb * TILE_COLUMNS;
+    const int rows = min(ROWS, p.rows[part] - first), bytes = 2 * min(TILE_COLUMNS, p.columns - k);
+    const u8* source = p.w[part] + 2 * ((size_t)(first + lane) * p.columns + k);
+    if (lane >= rows) return;
+#if HAS_BULK
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+#elif HAS_ASYNC
+    for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(source + at) : "memory");
+#endif
+}
+
 template <class Phase>
 __device__ __forceinline__ int kind_of(const Phase&, int) { return 0; }
 
