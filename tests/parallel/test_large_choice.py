@@ -6,17 +6,28 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
+import inline_streams
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from thread_lanes import ThreadLanes, mailboxes
 
-from multitensor.parallel.large_choice import CHUNKS, ROWS, LargeChoice, LargeTiming, _wrong_sum, decide
+from multitensor.parallel import large_choice
+from multitensor.parallel.large_choice import (
+    CHUNKS,
+    ROWS,
+    LargeChoice,
+    LargeTiming,
+    _wrong_sum,
+    decide,
+    make_large_choice,
+)
 from multitensor.parallel.large_sums import LargeSums
 from multitensor.parallel.local_group import LocalGroup
 from multitensor.parallel.trials import failure_of, first_reason
 from multitensor.parallel.wire import TorchMath, WireName
+from multitensor.sharding.memory import HOST_CHUNK_BYTES, HOST_SLOTS, MIB
 
 SLOT_BYTES = 1 << 17  # what trials use
 HALF = torch.float16
@@ -118,3 +129,82 @@ def test_failures_are_one_line() -> None:
 
     assert failure_of(fails) == "RuntimeError: no compiler"
     assert failure_of(lambda: None) is None
+
+
+class Kernels(TorchMath):
+    """Stands for ChunkKernels, which fail in a way of their own."""
+
+    fault = ""
+
+    def __init__(self, ranks: int, device: torch.device) -> None:
+        pass
+
+    def prepare(self, wire: WireName, dtype: torch.dtype) -> None:
+        if self.fault == "cannot be compiled":
+            raise RuntimeError("no compiler")
+
+    def add(self, wire: WireName, numbers: torch.Tensor, *rest: Any) -> None:
+        if self.fault == "cannot be launched":
+            raise RuntimeError("no such launch")
+        super().add(wire, numbers, *rest)
+        if self.fault == "wrong":
+            numbers[-1:] += 1
+
+
+def made(size: int, wire: WireName, nbytes: int = 2 * HOST_SLOTS * HOST_CHUNK_BYTES + MIB) -> list[LargeChoice | str]:
+    """What every rank's make_large_choice returns, its streams doing all at once."""
+    groups = LocalGroup.make(size)
+    for group, memory in zip(groups, mailboxes(size, nbytes), strict=True):
+        group.host_memory = memory
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda group: make_large_choice(group, 256, HALF, wire), groups))
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    inline_streams.install(monkeypatch)
+    monkeypatch.setattr(large_choice, "ChunkKernels", Kernels)
+    monkeypatch.setattr(large_choice, "ROWS", (4, 300))
+    return monkeypatch
+
+
+@pytest.mark.parametrize("wire", ["exact", "q8"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_choice_is_tried_and_timed(size: int, wire: WireName, inline: pytest.MonkeyPatch) -> None:
+    choices = made(size, wire)
+    assert len({str(choice.describe("NCCL")) for choice in choices if isinstance(choice, LargeChoice)}) == 1
+    for choice in choices:
+        assert isinstance(choice, LargeChoice)
+        assert [timing.rows for timing in choice.timings] == [4, 300]
+        assert {tuple(timing.host) for timing in choice.timings} == {CHUNKS}
+
+    def one(rank: int) -> bool:
+        choice, numbers = choices[rank], torch.full((1001,), rank + 1.0, dtype=HALF)
+        assert isinstance(choice, LargeChoice)
+        crooked = choice.all_reduce(numbers[1:], CHUNKS[0])
+        return crooked.data_ptr() != numbers[1:].data_ptr() and bool((crooked == sum(range(1, size + 1))).all())
+
+    with ThreadPoolExecutor(size) as pool:
+        assert all(pool.map(one, range(size)))
+
+
+@pytest.mark.parametrize("fault", ["cannot be compiled", "cannot be launched", "wrong"])
+def test_without_kernels_torch_does_it(fault: str, inline: pytest.MonkeyPatch) -> None:
+    inline.setattr(Kernels, "fault", fault)
+    for choice in made(2, "exact"):
+        assert isinstance(choice, LargeChoice)
+        choice._chosen = [(4, CHUNKS[0])]
+        assert str(choice.describe("NCCL")["large_why"]).startswith("through host memory rank 0 got ")
+
+
+def test_what_fails_both_ways_is_not_used(inline: pytest.MonkeyPatch) -> None:
+    inline.setattr(large_choice, "TorchMath", Forgetful)
+    inline.setattr(Kernels, "fault", "wrong")
+    (reason, other) = made(2, "exact")
+    assert isinstance(reason, str) and "a wrong sum of" in reason and reason == other
+
+
+def test_too_little_memory_is_a_reason(inline: pytest.MonkeyPatch) -> None:
+    (reason, other) = made(2, "exact", nbytes=MIB)
+    assert isinstance(reason, str) and "host memory: " in reason and reason == other
+    assert make_large_choice(LocalGroup.make(1)[0], 256, HALF, "exact") == "the ranks are not several GPUs"

@@ -170,8 +170,11 @@ def _wrong_sum(
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part.float()
-    found = sums.all_reduce(own.view(-1), _TRIAL_CHUNK)
+    found = own.view(-1)
+    failure = failure_of(partial(sums.all_reduce, found, _TRIAL_CHUNK))
     digests = group.gather_objects(found.view(torch.uint8).long().sum().item())
+    if failure is not None:
+        return failure
     if lanes.flags.late:
         return NO_ANSWER
     if wire == "exact" or dtype == torch.float32:

@@ -184,7 +184,10 @@ def _wrong_sum(group: Group, variant: PeerReduction, number: int, tokens: int, d
     for part in parts[1:]:
         total += part
     wanted, out = residual + total, torch.empty(shape, dtype=dtype, device=device)
-    variant.reduce_add_norm(own, residual, torch.ones(variant.hidden, device=device), 1e-5, out)
+    ones = torch.ones(variant.hidden, device=device)
+    failure = failure_of(partial(variant.reduce_add_norm, own, residual, ones, 1e-5, out))
+    if failure is not None:
+        return failure
     norm = wanted * torch.rsqrt(wanted.square().mean(dim=-1, keepdim=True) + 1e-5)
     if variant.given_up:
         return NO_ANSWER
@@ -199,7 +202,9 @@ def _wrong_gather(group: Group, gather: PeerGather, tokens: int) -> str | None:
     local = torch.randn(tokens, gather.sizes[gather.rank], generator=random).to(gather.device)
     wanted = group.all_gather_last(local, gather.sizes)
     out = torch.empty_like(wanted)
-    gather.gather(local, out)
+    failure = failure_of(partial(gather.gather, local, out))
+    if failure is not None:
+        return failure
     if gather.given_up:
         return NO_ANSWER
     return None if torch.equal(out, wanted) else f"a wrong gather of {tokens} rows"
