@@ -70,9 +70,9 @@ Experimental = Annotated[
     str,
     typer.Option(
         metavar="NAMES",
-        help="Ways to try, by comma: "
-        + "; ".join(f"{name}, {what}" for name, what in EXPERIMENTS.items())
-        + ". They have not run on a GPU yet.",
+        help="Faster ways that have not run on a GPU yet, to be tried, by comma: "
+        + ", ".join(EXPERIMENTS)
+        + ". Any other name tells what each does.",
         show_default=False,
     ),
 ]
