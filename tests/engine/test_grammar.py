@@ -21,7 +21,8 @@ from multitensor.engine.grammar import MAX_REFERENCES, GrammarCompiler, GrammarS
 from multitensor.engine.local_executor import LocalExecutor
 from multitensor.engine.prepare import prepare
 from multitensor.engine.request import StructuredOutputsParams
-from multitensor.engine.scheduler import Scheduler, Sequence
+from multitensor.engine.scheduler import Scheduler
+from multitensor.engine.sequence import Sequence
 from multitensor.errors import InputError
 from multitensor.formats.tokenizer import load_tokenizer
 

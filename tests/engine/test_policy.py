@@ -16,7 +16,8 @@ from multitensor.engine.fair_queue import FairQueue
 from multitensor.engine.kv_cache import BlockManager, block_hash
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.request_state import Request
-from multitensor.engine.scheduler import Sequence, _shares
+from multitensor.engine.scheduler import _shares
+from multitensor.engine.sequence import Sequence
 
 
 def greedy(tokens: int | None, n: int = 1) -> SamplingParams:

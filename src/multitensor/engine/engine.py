@@ -23,7 +23,8 @@ from multitensor.engine.request_state import (
     ScoreRequest,
     Tokenizer,
 )
-from multitensor.engine.scheduler import Scheduler, Sequence
+from multitensor.engine.scheduler import Scheduler
+from multitensor.engine.sequence import Sequence
 from multitensor.engine.statistics import RankSeconds
 from multitensor.engine.uniforms import derive_seed
 from multitensor.errors import InputError, RankFailed

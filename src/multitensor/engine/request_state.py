@@ -16,7 +16,7 @@ from multitensor.engine.request import (
     RequestOutput,
     SamplingParams,
 )
-from multitensor.engine.scheduler import Sequence
+from multitensor.engine.sequence import Sequence
 from multitensor.engine.stop import StopMatcher
 
 
