@@ -11,19 +11,27 @@ import ctypes
 import os
 import weakref
 from collections.abc import Sequence
-from ctypes import c_int32, c_int64, c_void_p
-from typing import Any, Literal, NamedTuple
+from ctypes import c_void_p
+from typing import Literal, NamedTuple
 
 import torch
 
 from multitensor.errors import InputError
 from multitensor.kernels.attention_inputs import AttentionInputs
-from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
-from multitensor.kernels.cpu.binding import LEVELS, PLANES, TYPE_IDS, AttentionStruct, WeightStruct, load_library
+from multitensor.kernels.cache_tensor import CacheTensor
+from multitensor.kernels.cpu.arguments import (
+    CACHE_TYPES,
+    StepArrays,
+    cache_addresses,
+    cache_kind,
+    cache_parts,
+    contiguous_floats,
+    indices,
+    vector,
+)
+from multitensor.kernels.cpu.binding import LEVELS, PLANES, TYPE_IDS, WeightStruct, load_library
 from multitensor.kernels.quant_tensor import QuantTensor
 
-_Kind = torch.dtype | str
-CACHE_TYPES: dict[_Kind, int] = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, "q8": 100, "q4": 101}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_WEIGHTS = 16  # of one `linears` call
 
@@ -51,90 +59,6 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _contiguous_floats(x: torch.Tensor) -> torch.Tensor:
-    # Asked first, because even a `to` that changes nothing costs a microsecond, ten times a layer.
-    if x.dtype is torch.float32 and x.is_contiguous():
-        return x
-    return x.to(torch.float32).contiguous()
-
-
-def _indices(x: torch.Tensor) -> torch.Tensor:
-    if x.dtype is torch.int64 and x.is_contiguous():
-        return x
-    return x.to(torch.int64).contiguous()
-
-
-def _vector(values: torch.Tensor | None, size: int, what: str) -> torch.Tensor | None:
-    """A bias or norm weight as C reads it. Raises ValueError for another size."""
-    if values is None:
-        return None
-    if values.numel() != size:
-        raise ValueError(f"{what} has {values.numel()} elements, not {size}")
-    return _contiguous_floats(values)
-
-
-def _cache_kind(cache: CacheTensor) -> _Kind:
-    return cache.kind if isinstance(cache, QuantCache) else cache.dtype
-
-
-def _parts(cache: CacheTensor) -> tuple[torch.Tensor, ...]:
-    return (cache.codes, cache.scales) if isinstance(cache, QuantCache) else (cache,)
-
-
-def _addresses(k_cache: CacheTensor, v_cache: CacheTensor) -> tuple[int, int, int | None, int | None]:
-    """Of keys, values, and the scales of both."""
-    if isinstance(k_cache, QuantCache) and isinstance(v_cache, QuantCache):
-        scales = k_cache.scales.data_ptr(), v_cache.scales.data_ptr()
-        return k_cache.codes.data_ptr(), v_cache.codes.data_ptr(), *scales
-    return _parts(k_cache)[0].data_ptr(), _parts(v_cache)[0].data_ptr(), None, None
-
-
-class _StepArrays:
-    """The lists of one AttentionInputs as C arrays, and a filled struct for each kind of layer."""
-
-    def __init__(self, inputs: AttentionInputs) -> None:
-        self.inputs = inputs
-        n = len(inputs.query_lens)
-        self.query_lens = (c_int64 * n)(*inputs.query_lens)
-        self.context_lens = (c_int64 * n)(*inputs.context_lens)
-        self.query_starts = (c_int64 * n)(*inputs.query_starts)
-        self.tables = _indices(inputs.block_tables)
-        self.layers: dict[tuple[Any, ...], tuple[AttentionStruct, Any]] = {}
-
-    def layer(
-        self,
-        kv_map: tuple[int, ...],
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        cache: CacheTensor,
-    ) -> AttentionStruct:
-        kind = _cache_kind(cache)
-        key = (kv_map, scale, window, softcap, kind, cache.shape)
-        found = self.layers.get(key)
-        if found is None:
-            heads = (c_int32 * len(kv_map))(*kv_map)
-            structure = AttentionStruct(
-                cache_type=CACHE_TYPES[kind],
-                block_size=cache.shape[1],
-                n_heads=len(kv_map),
-                n_kv_heads=cache.shape[2],
-                head_dim=cache.shape[3],
-                tables=self.tables.data_ptr(),
-                table_stride=self.tables.shape[1],
-                n_sequences=len(self.inputs.query_lens),
-                query_lens=ctypes.addressof(self.query_lens),
-                context_lens=ctypes.addressof(self.context_lens),
-                query_starts=ctypes.addressof(self.query_starts),
-                kv_map=ctypes.addressof(heads),
-                window=window or 0,
-                scale=scale,
-                softcap=softcap or 0.0,
-            )
-            found = self.layers[key] = (structure, heads)
-        return found[0]
-
-
 class NativeKernels:
     """One rank's native kernels: its threads and scratch memory. Use from one thread at a time is fastest; calls from
     several exclude each other. After a fork the child computes on its one thread."""
@@ -150,7 +74,7 @@ class NativeKernels:
         self._library = library
         self._context = context
         self._weights: dict[int, _Described] = {}
-        self._step: _StepArrays | None = None
+        self._step: StepArrays | None = None
         self._close = weakref.finalize(self, library.mt_destroy, context)
         self.threads = threads
         self.level = LEVELS[wanted]
@@ -202,7 +126,7 @@ class NativeKernels:
         """x as C reads it, and its number of rows."""
         if x.shape[-1] != w.cols:
             raise ValueError(f"activations have {x.shape[-1]} columns, the weight {w.cols}")
-        x = _contiguous_floats(x)
+        x = contiguous_floats(x)
         return x, x.shape[0] if x.dim() == 2 else x.shape[:-1].numel()
 
     # ---- products ----
@@ -213,7 +137,7 @@ class NativeKernels:
         """x [..., w.cols] times w transposed, plus bias [w.rows]: float32 [..., w.rows]."""
         x, tokens = self._input(x, w)
         out = torch.empty((*x.shape[:-1], w.rows), dtype=torch.float32)
-        bias = _vector(bias, w.rows, "bias")
+        bias = vector(bias, w.rows, "bias")
         status = self._library.mt_linear_one(
             self._context,
             x.data_ptr(),
@@ -242,7 +166,7 @@ class NativeKernels:
         x, tokens = self._input(x, weights[0])
         outs = [torch.empty((*x.shape[:-1], w.rows), dtype=torch.float32) for w in weights]
         array = c_void_p * n
-        kept = None if biases is None else [_vector(b, w.rows, "bias") for b, w in zip(biases, weights, strict=True)]
+        kept = None if biases is None else [vector(b, w.rows, "bias") for b, w in zip(biases, weights, strict=True)]
         status = self._library.mt_linear(
             self._context,
             x.data_ptr(),
@@ -273,7 +197,7 @@ class NativeKernels:
             raise ValueError(f"gate is {gate.rows} x {gate.cols}, up {up.rows} x {up.cols}; they must be alike")
         x, tokens = self._input(x, gate)
         out = torch.empty((*x.shape[:-1], gate.rows), dtype=torch.float32)
-        gate_bias, up_bias = _vector(gate_bias, gate.rows, "gate bias"), _vector(up_bias, up.rows, "up bias")
+        gate_bias, up_bias = vector(gate_bias, gate.rows, "gate bias"), vector(up_bias, up.rows, "up bias")
         status = self._library.mt_gated_linear(
             self._context,
             x.data_ptr(),
@@ -302,7 +226,7 @@ class NativeKernels:
 
     def embedding(self, ids: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         """Integer ids [T] -> float32 [T, w.cols]; an id outside [0, w.rows) gives zeros."""
-        ids = _indices(ids)
+        ids = indices(ids)
         out = torch.empty((ids.numel(), w.cols), dtype=torch.float32)
         status = self._library.mt_rows(self._context, self._describe(w), ids.data_ptr(), 0, ids.numel(), out.data_ptr())
         self._check(status, "embedding")
@@ -312,7 +236,7 @@ class NativeKernels:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * (weight + offset) over the last axis, float32."""
-        x = _contiguous_floats(x)
+        x = contiguous_floats(x)
         return self._norm(x, None, weight, eps, offset)
 
     def add_rms_norm(
@@ -321,13 +245,13 @@ class NativeKernels:
         """residual += x, in place (residual float32 and contiguous); returns (rms_norm(residual), residual)."""
         if residual.dtype is not torch.float32 or not residual.is_contiguous() or residual.shape != x.shape:
             raise ValueError("add_rms_norm wants a contiguous float32 residual of x's shape")
-        return self._norm(_contiguous_floats(x), residual, weight, eps, offset), residual
+        return self._norm(contiguous_floats(x), residual, weight, eps, offset), residual
 
     def _norm(
         self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float
     ) -> torch.Tensor:
         cols = x.shape[-1]
-        factors = _vector(weight, cols, "norm weight")
+        factors = vector(weight, cols, "norm weight")
         out = torch.empty_like(x)
         self._library.mt_rms_norm(
             self._context,
@@ -349,7 +273,7 @@ class NativeKernels:
         if gate.shape != up.shape:
             raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must be alike")
         out = gate.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        up = _contiguous_floats(up)
+        up = contiguous_floats(up)
         self._library.mt_gated_activation(self._context, out.data_ptr(), up.data_ptr(), out.numel(), ACTIVATIONS[kind])
         return out
 
@@ -367,7 +291,7 @@ class NativeKernels:
         for tensor in (x,) if other is None else (x, other):
             if tensor.dtype is not torch.float32 or (tensor.numel() and tensor.stride()[1:] != (head_dim, 1)):
                 raise ValueError("apply_rope wants float32 with heads next to each other")
-        cos, sin = _contiguous_floats(cos), _contiguous_floats(sin)
+        cos, sin = contiguous_floats(cos), contiguous_floats(sin)
         half = cos.shape[-1]
         if cos.shape != sin.shape or cos.numel() != tokens * half or 2 * half > head_dim:
             raise ValueError(f"cos is {tuple(cos.shape)}, sin {tuple(sin.shape)} for heads {tuple(x.shape)}")
@@ -409,8 +333,8 @@ class NativeKernels:
                 f"keys {tuple(k.shape)}, values {tuple(v.shape)} and {slot_mapping.numel()} slots do not fit a cache "
                 f"{tuple(k_cache.shape)}"
             )
-        k, v = _contiguous_floats(k), _contiguous_floats(v)
-        slots = _indices(slot_mapping)
+        k, v = contiguous_floats(k), contiguous_floats(v)
+        slots = indices(slot_mapping)
         width = heads * head_dim
         status = self._library.mt_write_kv(
             self._context,
@@ -421,9 +345,9 @@ class NativeKernels:
             head_dim,
             width,
             width,
-            *_addresses(k_cache, v_cache),
+            *cache_addresses(k_cache, v_cache),
             k_cache.shape[1],
-            CACHE_TYPES[_cache_kind(k_cache)],
+            CACHE_TYPES[cache_kind(k_cache)],
             slots.data_ptr(),
             k_cache.shape[0] * k_cache.shape[1],
         )
@@ -431,10 +355,10 @@ class NativeKernels:
 
     @staticmethod
     def _check_caches(k_cache: CacheTensor, v_cache: CacheTensor) -> None:
-        kind = _cache_kind(k_cache)
-        if k_cache.shape != v_cache.shape or kind != _cache_kind(v_cache) or kind not in CACHE_TYPES:
+        kind = cache_kind(k_cache)
+        if k_cache.shape != v_cache.shape or kind != cache_kind(v_cache) or kind not in CACHE_TYPES:
             raise ValueError("key and value caches must be alike, of float32, float16, bfloat16, q8 or q4")
-        if not all(part.is_contiguous() for cache in (k_cache, v_cache) for part in _parts(cache)):
+        if not all(part.is_contiguous() for cache in (k_cache, v_cache) for part in cache_parts(cache)):
             raise ValueError("key and value caches must be contiguous")
 
     def paged_attention(
@@ -451,7 +375,7 @@ class NativeKernels:
         """q float32 [T, heads, D] over contiguous caches [blocks, block_size, KV heads, D]: float32 [T, heads, D].
         As reference.paged_attention; raises ValueError for a block or KV head outside the cache."""
         self._check_caches(k_cache, v_cache)
-        q = _contiguous_floats(q)
+        q = contiguous_floats(q)
         tokens, heads, head_dim = q.shape
         if heads != len(kv_map) or head_dim != k_cache.shape[3] or tokens != sum(inputs.query_lens):
             raise ValueError(
@@ -459,13 +383,15 @@ class NativeKernels:
                 f"{tuple(k_cache.shape)}"
             )
         if self._step is None or self._step.inputs is not inputs:
-            self._step = _StepArrays(inputs)
+            self._step = StepArrays(inputs)
         out = torch.empty_like(q)
         structure = self._step.layer(tuple(kv_map), scale, window, softcap, k_cache)
         structure.q = q.data_ptr()
         structure.q_stride = heads * head_dim
         structure.out = out.data_ptr()
-        structure.keys, structure.values, structure.key_scales, structure.value_scales = _addresses(k_cache, v_cache)
+        structure.keys, structure.values, structure.key_scales, structure.value_scales = cache_addresses(
+            k_cache, v_cache
+        )
         status = self._library.mt_attention(self._context, ctypes.byref(structure), k_cache.shape[0])
         self._check(status, "paged_attention")
         return out
