@@ -22,7 +22,7 @@ from multitensor.engine.engine import Engine
 from multitensor.engine.request import RequestOutput, SamplingParams
 from multitensor.engine.request_state import EmbedRequest, Request
 from multitensor.engine.request_stream import RequestChannel, RequestStream
-from multitensor.engine.statistics import EngineSnapshot, RankSeconds, TokenRate, add_seconds
+from multitensor.engine.statistics import EngineSnapshot, TokenRate, Totals
 from multitensor.errors import Overloaded, RankFailed
 from multitensor.sharding.plan import Plan
 
@@ -78,8 +78,7 @@ class AsyncEngine:
         self._abandon = threading.Event()
         self._restarts = 0
         self._memory: tuple[dict[str, int], ...] = ()
-        self._past = dict.fromkeys(_TOTALS, 0.0)  # of engines that were closed
-        self._past_seconds: RankSeconds = ()
+        self._totals = Totals()
         self._rate = TokenRate()
 
     # --- its life ---
@@ -266,9 +265,9 @@ class AsyncEngine:
         """Counters as they are at this moment; does not wait for the engine."""
         engine = self._known
         load = engine.load()
-        seconds = add_seconds(self._past_seconds, engine.stats.rank_seconds if self._engine else ())
+        current = engine.stats if self._engine else None
+        seconds, totals = self._totals.seconds(current), self._totals.counts(current)
         reductions = [reduction for _, reduction in seconds if reduction is not None]
-        totals = {name: self._past[name] + (getattr(engine.stats, name) if self._engine else 0) for name in _TOTALS}
         return EngineSnapshot(
             ready=self.ready,
             failure=self.failure,
@@ -374,9 +373,7 @@ class AsyncEngine:
     def _end(self, engine: Engine, error: RankFailed) -> None:
         """Everyone who waits is told first; ending the ranks takes time."""
         self._engine = None
-        for name in _TOTALS:
-            self._past[name] += getattr(engine.stats, name)
-        self._past_seconds = add_seconds(self._past_seconds, engine.stats.rank_seconds)
+        self._totals.keep(engine.stats)
         self._post(self._fail, list(self._served.values()), error)
         self._served = {}
         for future in self._embedding.values():
@@ -429,18 +426,6 @@ class AsyncEngine:
             # Each its own: a traceback grows where an exception is raised again.
             channel.fail(type(error)(str(error)))
             self._channels.discard(channel)
-
-
-_TOTALS = (
-    "steps",
-    "preemptions",
-    "prefill_tokens",
-    "generated_tokens",
-    "prefix_hits",
-    "prefix_queries",
-    "prefill_seconds",
-    "decode_seconds",
-)
 
 
 def _reason(error: BaseException) -> str:

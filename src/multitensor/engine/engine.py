@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,49 +24,12 @@ from multitensor.engine.request_state import (
 )
 from multitensor.engine.scheduler import Scheduler
 from multitensor.engine.sequence import Sequence
-from multitensor.engine.statistics import RankSeconds
+from multitensor.engine.statistics import EngineLoad, EngineStats
 from multitensor.engine.uniforms import derive_seed
 from multitensor.errors import InputError, RankFailed
 from multitensor.sharding.plan import Plan
 
 _READING = SamplingParams(temperature=0.0)
-
-
-@dataclass
-class EngineStats:
-    """Totals since the start. A step with prompt (or scored) tokens counts as prefill, any other as decode, so the
-    decode rate is not blurred by prefill that shares a step; seconds are from one result to the next."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0
-    generated_tokens: int = 0
-    prefix_queries: int = 0  # prompt tokens that were looked up in the cache
-    prefix_hits: int = 0  # and of these, those found there
-    rank_seconds: RankSeconds = ()
-
-    @property
-    def prefill_tokens_per_second(self) -> float | None:
-        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
-
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """Sequences that hold a slot, and that wait; tokens of the pool in use, tokens that are only kept for reuse (they
-    count as free), and all."""
-
-    running: int
-    waiting: int
-    kv_used: int
-    kv_cached: int
-    kv_total: int
 
 
 class Engine:

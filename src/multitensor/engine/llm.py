@@ -21,11 +21,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from multitensor.config import EngineConfig
-from multitensor.engine.engine import Engine, EngineStats
+from multitensor.engine.engine import Engine
 from multitensor.engine.executor import Executor, Progress
 from multitensor.engine.prompts import Prompt, id_list, params_list, progress_bar, prompt_list
 from multitensor.engine.request import PositionScore, RequestOutput, SamplingParams
 from multitensor.engine.request_state import Request
+from multitensor.engine.statistics import EngineStats
 from multitensor.errors import InputError
 from multitensor.formats.checkpoint import Checkpoint
 from multitensor.sharding.plan import Plan

@@ -12,6 +12,43 @@ RATE_SECONDS = 10.0  # tokens a second are counted over so long
 RankSeconds = tuple[tuple[float, float | None], ...]  # by rank: computing, in reductions (None: not measured)
 
 
+@dataclass
+class EngineStats:
+    """Totals since the start. A step with prompt (or scored) tokens counts as prefill, any other as decode, so the
+    decode rate is not blurred by prefill that shares a step; seconds are from one result to the next."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    generated_tokens: int = 0
+    prefix_queries: int = 0  # prompt tokens that were looked up in the cache
+    prefix_hits: int = 0  # and of these, those found there
+    rank_seconds: RankSeconds = ()
+
+    @property
+    def prefill_tokens_per_second(self) -> float | None:
+        return self.prefill_tokens / self.prefill_seconds if self.prefill_seconds > 0 else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds > 0 else None
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """Sequences that hold a slot, and that wait; tokens of the pool in use, tokens that are only kept for reuse (they
+    count as free), and all."""
+
+    running: int
+    waiting: int
+    kv_used: int
+    kv_cached: int
+    kv_total: int
+
+
 @dataclass(frozen=True)
 class EngineSnapshot:
     """Where the engine stands, and totals since it was started (they outlive a restart of the ranks).
@@ -52,6 +89,37 @@ def add_seconds(past: RankSeconds, now: RankSeconds) -> RankSeconds:
         return past or now
     pairs = zip(past, now, strict=True)
     return tuple((a + c, None if b is None or d is None else b + d) for (a, b), (c, d) in pairs)
+
+
+class Totals:
+    """Counts of one engine after another: a rank's death ends an engine, and what it counted is kept."""
+
+    _NAMES = (
+        "steps",
+        "preemptions",
+        "prefill_tokens",
+        "generated_tokens",
+        "prefix_hits",
+        "prefix_queries",
+        "prefill_seconds",
+        "decode_seconds",
+    )
+
+    def __init__(self) -> None:
+        self._past = dict.fromkeys(self._NAMES, 0.0)
+        self._past_seconds: RankSeconds = ()
+
+    def keep(self, ended: EngineStats) -> None:
+        """Of an engine that was closed."""
+        self._past = self.counts(ended)
+        self._past_seconds = self.seconds(ended)
+
+    def counts(self, now: EngineStats | None) -> dict[str, float]:
+        """By name, those of the engine at work included; None: there is none."""
+        return {name: self._past[name] + (getattr(now, name) if now else 0) for name in self._NAMES}
+
+    def seconds(self, now: EngineStats | None) -> RankSeconds:
+        return add_seconds(self._past_seconds, now.rank_seconds if now else ())
 
 
 class TokenRate:
