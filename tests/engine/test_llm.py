@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from fake_ranks import FakeExecutor, FakeTokenizer, make_config, make_plan, oracle
 
-import multitensor.engine.llm as llm_module
+import multitensor.engine.prompts as prompts_module
 from multitensor import LLM, InputError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
@@ -185,7 +185,7 @@ def test_verify_has_prompts_of_its_own() -> None:
     for llm in (make()[0], make(FakeTokenizer())[0]):
         if llm.has_vocabulary:  # the fake alphabet has small letters only
             monkey = pytest.MonkeyPatch()
-            monkey.setattr(llm_module, "VERIFY_TEXTS", ("abc", "defg"))
+            monkey.setattr(prompts_module, "VERIFY_TEXTS", ("abc", "defg"))
         _, arguments = llm.verify()  # type: ignore[misc]
         prompts = arguments["prompts"]  # type: ignore[index]
         assert len(prompts) == 2 and all(prompts)

@@ -23,7 +23,16 @@ from typing import TYPE_CHECKING, Any
 from multitensor.config import EngineConfig
 from multitensor.engine.engine import Engine
 from multitensor.engine.executor import Executor, Progress
-from multitensor.engine.prompts import Prompt, id_list, params_list, progress_bar, prompt_list
+from multitensor.engine.prompts import (
+    Prompt,
+    id_list,
+    need_tokenizer,
+    params_list,
+    parse_prompt,
+    progress_bar,
+    prompt_list,
+    verify_prompts,
+)
 from multitensor.engine.request import PositionScore, RequestOutput, SamplingParams
 from multitensor.engine.request_state import Request
 from multitensor.engine.statistics import EngineStats
@@ -36,12 +45,6 @@ if TYPE_CHECKING:
     from multitensor.sharding.memory import DeviceMemory
 
 Message = Mapping[str, Any]
-
-VERIFY_TEXTS = (
-    "The tide comes in twice a day, and the harbour fills with boats that have nowhere else to go.",
-    "def mean(values):\n    return sum(values) / len(values)\n",
-)
-VERIFY_TOKENS = 24  # a prompt, where there is no vocabulary to make it from text
 
 
 class LLM:
@@ -244,7 +247,7 @@ class LLM:
         use_tqdm: vLLM's name for the bar.
         InputError before anything runs when one prompt is wrong, such as longer than the context.
         """
-        parsed = [self._parse(prompt) for prompt in prompt_list(prompts)]
+        parsed = [parse_prompt(prompt, self._tokenizer) for prompt in prompt_list(prompts)]
         return self._generate(parsed, sampling_params, progress or use_tqdm)
 
     def chat(
@@ -276,7 +279,7 @@ class LLM:
         """Continues one prompt, yielding at every new token. Each item holds everything so far, as vLLM's do, and what
         is new in `.delta` (of the first continuation; `.outputs[i].delta` for each). The prompt is checked at once, the
         work starts with the first item; closing the generator, or dropping it, cancels the request."""
-        text, ids = self._parse(prompt)
+        text, ids = parse_prompt(prompt, self._tokenizer)
         params = sampling_params or SamplingParams()
         with self._exclusive() as engine:
             engine.check_prompt(ids)
@@ -378,18 +381,12 @@ class LLM:
         report's "ok" says whether every layer and the logits agree within tolerance.
         prompts: token ids, by default a few short ones. options: see engine/verify.py."""
         with self._exclusive() as engine:
-            chosen = self._verify_prompts() if prompts is None else [engine.check_prompt(ids) for ids in prompts]
+            if prompts is None:
+                room = min(engine.context, self._plan.max_batch_tokens) - 1
+                chosen = verify_prompts(self._tokenizer, self._plan.spec.vocab_size, room)
+            else:
+                chosen = [engine.check_prompt(ids) for ids in prompts]
             return engine.call("verify", prompts=chosen, **options)[0]
-
-    def _verify_prompts(self) -> list[list[int]]:
-        limit = max(1, min(self._engine.context, self._plan.max_batch_tokens) - 1)
-        if self._tokenizer is not None:
-            texts = [self._tokenizer.encode(text, bos=True) for text in VERIFY_TEXTS]
-        else:
-            # Steps that are prime to most vocabulary sizes, so that ids spread over all ranks' parts of it.
-            size = self._plan.spec.vocab_size
-            texts = [[(first + 7919 * i) % size for i in range(VERIFY_TOKENS)] for first in (1, 104_729)]
-        return [ids[:limit] for ids in texts]
 
     # --- its end ---
 
@@ -424,29 +421,7 @@ class LLM:
         return self._opened
 
     def _need_tokenizer(self, what: str) -> Tokenizer:
-        if self._tokenizer is None:
-            raise InputError(f"{what}: the model file has no vocabulary; give token ids instead of text")
-        return self._tokenizer
-
-    def _parse(self, prompt: Prompt) -> tuple[str | None, Sequence[int]]:
-        """(text or None, token ids)."""
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), id_list(prompt["prompt_token_ids"])
-            prompt = prompt.get("prompt", prompt)
-        if isinstance(prompt, str):
-            return prompt, self._encode(prompt)
-        return None, id_list(prompt)
-
-    def _encode(self, text: str) -> list[int]:
-        """A text prompt's ids. It gets BOS where the model wants one; a text that spells BOS at its start gets no
-        second one."""
-        tokenizer = self._need_tokenizer("a text prompt")
-        if tokenizer.add_bos and tokenizer.bos_id is not None:
-            name = tokenizer.token_bytes(tokenizer.bos_id).decode("utf-8", "replace")
-            if name:
-                text = text.removeprefix(name)
-        return tokenizer.encode(text, bos=True)
+        return need_tokenizer(self._tokenizer, what)
 
 
 def _alias(name: str, value: int | None, alias: str, alias_value: int | None) -> int | None:

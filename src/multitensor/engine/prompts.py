@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multitensor.engine.request import SamplingParams
 from multitensor.errors import InputError
 
+if TYPE_CHECKING:
+    from multitensor.formats.tokenizer import Tokenizer
+
 Prompt = str | Sequence[int] | Mapping[str, Any]
+
+VERIFY_TEXTS = (
+    "The tide comes in twice a day, and the harbour fills with boats that have nowhere else to go.",
+    "def mean(values):\n    return sum(values) / len(values)\n",
+)
+VERIFY_TOKENS = 24  # a prompt, where there is no vocabulary to make it from text
 
 
 def id_list(ids: object) -> list[int]:
@@ -30,6 +39,44 @@ def prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if values and isinstance(values[0], Integral):
         return [values]
     return list(values)
+
+
+def need_tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    """The tokenizer; InputError, beginning with `what`, where the model's files carry none."""
+    if tokenizer is None:
+        raise InputError(f"{what}: the model file has no vocabulary; give token ids instead of text")
+    return tokenizer
+
+
+def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, Sequence[int]]:
+    """(text or None, token ids). Raises InputError for what is neither."""
+    if isinstance(prompt, Mapping):
+        if "prompt_token_ids" in prompt:
+            return prompt.get("prompt"), id_list(prompt["prompt_token_ids"])
+        prompt = prompt.get("prompt", prompt)
+    if isinstance(prompt, str):
+        return prompt, _encode(prompt, need_tokenizer(tokenizer, "a text prompt"))
+    return None, id_list(prompt)
+
+
+def _encode(text: str, tokenizer: Tokenizer) -> list[int]:
+    """A text prompt's ids. It gets BOS where the model wants one; a text that spells BOS at its start gets no second
+    one."""
+    if tokenizer.add_bos and tokenizer.bos_id is not None:
+        name = tokenizer.token_bytes(tokenizer.bos_id).decode("utf-8", "replace")
+        if name:
+            text = text.removeprefix(name)
+    return tokenizer.encode(text, bos=True)
+
+
+def verify_prompts(tokenizer: Tokenizer | None, vocab_size: int, most: int) -> list[list[int]]:
+    """What `verify` runs where it is given nothing: a few short prompts, `most` tokens each at most (one at least)."""
+    if tokenizer is not None:
+        texts = [tokenizer.encode(text, bos=True) for text in VERIFY_TEXTS]
+    else:
+        # Steps that are prime to most vocabulary sizes, so that ids spread over all ranks' parts of it.
+        texts = [[(first + 7919 * i) % vocab_size for i in range(VERIFY_TOKENS)] for first in (1, 104_729)]
+    return [ids[: max(1, most)] for ids in texts]
 
 
 def params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
