@@ -69,6 +69,15 @@ _PTX: dict[str, _Translation] = {
         o[:4], (o[4], o[5], "0", "0", o[6], "0")
     ),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": lambda *o: _multiply_add(o[:4], o[4:]),
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": lambda *o: _multiply_add(o[:4], o[4:], "<true>"),
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": lambda *o: _multiply_add(o[:4], o[4:], "<false>"),
+    "movmatrix.sync.aligned.m8n8.trans.b16": lambda to, v: f"{to} = transposed({v});",
+    "ex2.approx.ftz.f32": lambda to, v: f"{to} = exp2f({v});",
+    "sub.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a - b; }});",
+    "mul.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a * b; }});",
+    "fma.rn.f16x2": lambda to, *o: (
+        f"{to} = both_halves({', '.join(o)}, [](auto a, auto b, auto c) {{ return a * b + c; }});"
+    ),
     "ld.volatile.global.v4.u32": lambda x, y, z, w, at: (
         f"const uint4 four = *(const uint4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
     ),
@@ -123,7 +132,9 @@ def to_host(text: str) -> str:
     """CUDA C++ -> C++. Shared memory comes from the running block; a loop that only waits lets others run."""
     text = re.sub(r"extern __shared__ [^;]*?(\w+)\s+(\w+)\[\];", r"\1* \2 = running->block->shared;", text)
     text = re.sub(r"(while \([^\n]*\)) \{\}", r"\1 pause_();", text)
-    text = re.sub(r"__shared__ ([\w ]+?) ((?:\w+(?:\[[^\]]*\])+(?:, )?)+);", _shared_arrays, text)
+    text = re.sub(
+        r"__shared__ (?:__align__\(\d+\) )?([\w: ]+?) ((?:\w+(?:\[[^\]]*\])*(?:, )?)+);", _shared_arrays, text
+    )
     pieces, at = [], 0
     for match in re.finditer(r"\basm(?: volatile)?\(", text):
         end = _closing(text, match.end())
@@ -134,7 +145,7 @@ def to_host(text: str) -> str:
 
 def _shared_arrays(declaration: re.Match[str]) -> str:
     kind, result = declaration.group(1), []
-    for number, (name, sizes) in enumerate(re.findall(r"(\w+)((?:\[[^\]]*\])+)", declaration.group(2))):
+    for number, (name, sizes) in enumerate(re.findall(r"(\w+)((?:\[[^\]]*\])*)(?:, |$)", declaration.group(2))):
         place = f"running->block->array({declaration.start() * 8 + number}, sizeof({kind}{sizes}))"
         result.append(f"{kind} (&{name}){sizes} = *({kind}(*){sizes}){place};")
     return " ".join(result)
@@ -172,9 +183,10 @@ def _translated(statement: str) -> str:
     return f"UNKNOWN_PTX({words.split(';')[0]})"  # does not compile, where it is compiled at all
 
 
-def _multiply_add(d: tuple[str, ...], rest: tuple[str, ...]) -> str:
+def _multiply_add(d: tuple[str, ...], rest: tuple[str, ...], kind: str = "") -> str:
     names = " ".join(f"{x} = four[{i}];" for i, x in enumerate(d))
-    return f"int four[4] = {{{', '.join(d)}}}; multiply_add(four, {', '.join(rest)}); {names}"
+    type_ = "float" if kind else "int"
+    return f"{type_} four[4] = {{{', '.join(d)}}}; multiply_add{kind}(four, {', '.join(rest)}); {names}"
 
 
 @dataclass
@@ -200,7 +212,8 @@ class Queue:
     def launch(
         self, kernel: Any, grid: int | tuple[int, ...], threads: int, shared: int, arguments: tuple[Any, ...], **_: Any
     ) -> None:
-        columns, rows = grid if isinstance(grid, tuple) else (grid, 1)
+        columns, rows, layers = (*(grid if isinstance(grid, tuple) else (grid,)), 1, 1)[:3]
+        assert layers == 1
         self.launches.append((*kernel, (columns, rows, threads, shared), arguments))
 
     def run(self, ranks: int, seed: int) -> bool:

@@ -42,6 +42,7 @@ template <class To, class From> static inline To bits(From from) {
 }
 static inline unsigned __float_as_uint(float f) { return bits<unsigned>(f); }
 static inline float __uint_as_float(unsigned u) { return bits<float>(u); }
+static inline float __int_as_float(int i) { return bits<float>(i); }
 static inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fadd_rn(float a, float b) { return a + b; }
@@ -77,6 +78,7 @@ struct Block {
     size_t size;
     unsigned char* shared;  // where 32 bits are address enough, as on a GPU
     Barrier warps[32], all;
+    std::map<unsigned, Barrier> lanes[32];  // of some lanes of a warp, by their mask
     std::map<int, std::unique_ptr<char[]>> fixed;  // arrays of a size known beforehand, by their number in the source
     unsigned exchange[32][32], fragments[32][32][6];
     explicit Block(size_t bytes) : size(bytes ? bytes : 1) {
@@ -166,9 +168,23 @@ static inline unsigned exchanged(unsigned v, int source) {
     __syncwarp();
     return found;
 }
-template <class T> static inline T __shfl_xor_sync(unsigned, T v, int mask) {
-    return bits<T>(exchanged(bits<unsigned>(v), (threadIdx.x & 31) ^ mask));
+template <class T> static inline T __shfl_xor_sync(unsigned together, T v, int mask) {
+    const int source = (threadIdx.x & 31) ^ mask;
+    if (together == 0xffffffffu) return bits<T>(exchanged(bits<unsigned>(v), source));
+    Barrier& barrier = running->block->lanes[threadIdx.x >> 5][together];
+    unsigned* lanes = running->block->exchange[threadIdx.x >> 5];
+    meet(barrier, __builtin_popcount(together));
+    lanes[threadIdx.x & 31] = bits<unsigned>(v);
+    meet(barrier, __builtin_popcount(together));
+    return bits<T>(lanes[source]);
 }
+static inline unsigned __ballot_sync(unsigned, int yes) {
+    unsigned found = 0;
+    for (int i = 0; i < 32; i++) found |= (unsigned)(exchanged(yes != 0, i) != 0) << i;
+    return found;
+}
+static inline int __any_sync(unsigned all, int yes) { return __ballot_sync(all, yes) != 0; }
+static inline int __ffs(unsigned v) { return __builtin_ffs((int)v); }
 static inline unsigned long long __shfl_xor_sync(unsigned all, unsigned long long v, int mask) {
     const unsigned low = __shfl_xor_sync(all, (unsigned)v, mask), high = __shfl_xor_sync(all, (unsigned)(v >> 32), mask);
     return (unsigned long long)high << 32 | low;
@@ -209,6 +225,51 @@ static inline void multiply_add(int* d, unsigned a0, unsigned a1, unsigned a2, u
         }
     }
     __syncwarp();
+}
+
+static inline float bfloat_bits_to_float(unsigned short b) { return bits<float>((unsigned)b << 16); }
+// The same of m16n8k16 with numbers of 16 bits.
+template <bool BFLOAT_NUMBERS>
+static inline void multiply_add(float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    auto* all = running->block->fragments[threadIdx.x >> 5];
+    const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(all[lane], mine, sizeof mine);
+    __syncwarp();
+    auto number = [](unsigned word, int half) {
+        const unsigned short w = (unsigned short)(word >> (16 * half));
+        return BFLOAT_NUMBERS ? bfloat_bits_to_float(w) : half_bits_to_float(w);
+    };
+    for (int e = 0; e < 4; e++) {
+        const int row = g + 8 * (e >> 1), column = 2 * c + (e & 1);
+        double sum = d[e];
+        for (int k = 0; k < 16; k++) {
+            const int owner = (k & 7) >> 1, high = k >> 3;
+            sum += (double)number(all[(row & 7) * 4 + owner][(row >> 3) + 2 * high], k & 1) * number(all[column * 4 + owner][4 + high], k & 1);
+        }
+        d[e] = (float)sum;
+    }
+    __syncwarp();
+}
+// movmatrix: lane l has numbers 2 (l % 4) and the next of row l / 4 of eight.
+static inline unsigned transposed(unsigned v) {
+    auto* all = running->block->fragments[threadIdx.x >> 5];
+    const int lane = threadIdx.x & 31, row = lane >> 2, column = 2 * (lane & 3);
+    all[lane][0] = v;
+    __syncwarp();
+    unsigned result = 0;
+    for (int i = 0; i < 2; i++) result |= ((all[(column + i) * 4 + row / 2][0] >> (16 * (row & 1))) & 0xffff) << (16 * i);
+    __syncwarp();
+    return result;
+}
+template <class Operation>
+static inline unsigned both_halves(unsigned a, unsigned b, unsigned c, Operation operation) {
+    unsigned result = 0;
+    for (int i = 0; i < 2; i++) {
+        auto half = [i](unsigned w) { return (double)half_bits_to_float((unsigned short)(w >> (16 * i))); };
+        result |= (unsigned)bits<unsigned short>((_Float16)operation(half(a), half(b), half(c))) << (16 * i);
+    }
+    return result;
 }
 
 // ---- barriers of asynchronous copies: eight bytes of shared memory ----
