@@ -59,7 +59,8 @@ _PTX: dict[str, _Translation] = {
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
     "mov.u64 %0, %%globaltimer": lambda to: f"{to} = 0;",
     "cp.async.bulk.prefetch.L2.global": lambda at, size: f"read_only({at}, {size});",
-    "mbarrier.init": lambda at: f"copy_barrier_init(at_shared({at}), 1);",
+    "mbarrier.init": lambda at, all_="1": f"copy_barrier_init(at_shared({at}), {all_});",
+    "mbarrier.arrive.shared": lambda at: f"copy_expect(at_shared({at}), 0);",
     "mbarrier.arrive.expect_tx": lambda at, size: f"copy_expect(at_shared({at}), {size});",
     "cp.async.bulk.shared": lambda to, source, size, at: (
         f"copy_bulk(at_shared({to}), {source}, {size}, at_shared({at}));"
@@ -73,6 +74,7 @@ _PTX: dict[str, _Translation] = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": lambda *o: _multiply_add(o[:4], o[4:], "<false>"),
     "movmatrix.sync.aligned.m8n8.trans.b16": lambda to, v: f"{to} = transposed({v});",
     "ex2.approx.ftz.f32": lambda to, v: f"{to} = exp2f({v});",
+    "add.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a + b; }});",
     "sub.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a - b; }});",
     "mul.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a * b; }});",
     "fma.rn.f16x2": lambda to, *o: (
@@ -184,9 +186,11 @@ def _translated(statement: str) -> str:
 
 
 def _multiply_add(d: tuple[str, ...], rest: tuple[str, ...], kind: str = "") -> str:
+    """rest: fragments of A and of B; and of C, where that is not D."""
+    a_and_b, c = rest[:6], rest[6:] or d
     names = " ".join(f"{x} = four[{i}];" for i, x in enumerate(d))
     type_ = "float" if kind else "int"
-    return f"{type_} four[4] = {{{', '.join(d)}}}; multiply_add{kind}(four, {', '.join(rest)}); {names}"
+    return f"{type_} four[4] = {{{', '.join(c)}}}; multiply_add{kind}(four, {', '.join(a_and_b)}); {names}"
 
 
 @dataclass
@@ -234,6 +238,14 @@ class Queue:
         result = self.libraries[key].run(ranks, each, ctypes.addressof(shapes), ctypes.addressof(table), seed)
         self.launches.clear()
         return bool(result == 0)
+
+
+class AtOnce(Queue):
+    """Runs every launch before the next is made, as kernels of several kinds on one stream follow one another."""
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        super().launch(*arguments, **options)
+        assert self.run(1, seed=1), "all wait for ever"
 
 
 def _c_value(value: Any) -> Any:
