@@ -319,28 +319,6 @@ def test_add_rms_norm(kernels: Any, hidden: int, dtype: torch.dtype, partial_dty
     assert relative_error(out, normed) <= ROUNDING[dtype] / 2
 
 
-@pytest.mark.parametrize("columns", [7, 512, 49153, 128256, 262144])
-@pytest.mark.parametrize("sequences", [1, 5, 64])
-def test_argmax(kernels: Any, columns: int, sequences: int) -> None:
-    logits = randn(sequences, columns, seed=columns)
-    if columns > 7:
-        logits[0, [columns - 2, 500, 33]] = 9.0  # equals: the lowest index
-        logits[-1] -= 100.0
-        logits[sequences // 2, columns - 1] = 50.0
-    else:
-        logits[0] = float("-inf")
-        logits[0, 3] = -0.0
-        logits[0, 5] = 0.0
-    wanted = torch.tensor([int(np.argmax(row)) for row in logits.cpu().numpy()], device="cuda")
-    for first in (0, 1000):
-        ids = torch.full((sequences,), -1, dtype=torch.int64, device="cuda")
-        largest = poison(sequences)
-        kernels.argmax(logits, ids, largest, first=first)
-        torch.cuda.synchronize()
-        assert torch.equal(ids - first, wanted)
-        assert torch.equal(largest, logits.gather(1, wanted.unsqueeze(1)).squeeze(1))
-
-
 @pytest.mark.parametrize(
     ("head_dim", "kv_map", "dtype", "kv_dtype", "normed"),
     [

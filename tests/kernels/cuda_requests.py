@@ -116,7 +116,7 @@ def float_requests(turn: int) -> None:
 
 
 def decode_requests(turn: int) -> None:
-    """Attention of the head sizes, with types and groups by turns; norms and argmax."""
+    """Attention of the head sizes, with types and groups by turns; norms."""
     kernels = DecodeKernels(CPU)
     for number, head_dim in enumerate(HEAD_DIMS):
         x_type, kv_type = HALVES[(turn + number) % 2], ("f16", "q8", "bf16", "q4", "f32")[(2 * turn + number) % 5]
@@ -148,7 +148,6 @@ def decode_requests(turn: int) -> None:
         for partial in (x_type, torch.float32):
             residual, out = torch.zeros(1, 576), torch.zeros(1, 576, dtype=x_type)
             kernels.add_rms_norm(residual, out.to(partial), torch.zeros(576), 1e-5, out)
-    kernels.argmax(torch.zeros(1, 512), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
 
 
 def prefill_requests(turn: int) -> None:

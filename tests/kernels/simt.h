@@ -195,9 +195,9 @@ static inline unsigned __reduce_add_sync(unsigned, unsigned v) {
     for (int i = 0; i < 32; i++) total += exchanged(v, i);
     return total;
 }
-template <class T> static inline T atomicAdd(T* at, T v) {
+template <class T, class V> static inline T atomicAdd(T* at, V v) {
     const T before = *at;
-    *at += v;
+    *at += (T)v;
     progress++;
     return before;
 }

@@ -1,4 +1,4 @@
-"""Products of 5 to 64 tokens with tiled weights in one pass (gemm.cu, activations.cu) on an emulated GPU, against float64.
+"""Products of 5 to 64 tokens with tiled weights in one pass (gemm.cu, activations.cu) on an emulated GPU, by float64.
 Kernels, defines and arguments are those that a GPU gets."""
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 // length read from device memory. A sequence slot with position -1 is padding: it writes no cache and gets zeros.
 //
 // One section is compiled at a time: rotary embedding + cache writes and attention where HEAD_DIM is defined, residual
-// add + RMS norm where HIDDEN is, argmax where neither is. ROPE_ONLY: without attention. No header is included: NVRTC needs none.
+// add + RMS norm where HIDDEN is. ROPE_ONLY: without attention. No header is included: NVRTC needs none.
 // Only what no kernel of a step writes is __restrict__: else a load could be moved ahead of the wait for its writer.
 // Lane-to-element maps of mma fragments and movmatrix are those of the PTX ISA manual.
 
@@ -1147,58 +1147,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-#else
-// ---- argmax ----
-
-// A float32 and its index as one number: larger for a larger value, then for a lower index. NaN is the largest.
-__device__ __forceinline__ u64 ranked(float value, int index) {
-    const u32 b = __float_as_uint(value + 0.f);  // no -0
-    const u32 order = value != value ? 0xffffffffu : b & 0x80000000u ? ~b : b | 0x80000000u;
-    return (u64)order << 32 | (u32)~index;
-}
-
-// logits [gridDim.y][columns] -> the index of the largest (the lowest of equals) plus `first`, and its value. Every block
-// takes a stretch of a row; the last to finish writes. best and counters: [gridDim.y], zero before and after.
-extern "C" __global__ void __launch_bounds__(256) argmax(const float* logits, int columns, int first, long long* ids,
-                                                         float* largest, u64* best, u32* counters) {
-    __shared__ u64 found[8];
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    const float* row = logits + (size_t)blockIdx.y * columns;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const int start = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
-    u64 most = 0;
-    if (columns % 4 == 0) {
-        for (int i = start; i < columns / 4; i += 4 * step) {
-            float4 v[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                if (i + j * step < columns / 4) v[j] = ((const float4*)row)[i + j * step];
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int at = 4 * (i + j * step);
-                if (at >= columns) break;
-                most = max(most, max(max(ranked(v[j].x, at), ranked(v[j].y, at + 1)), max(ranked(v[j].z, at + 2), ranked(v[j].w, at + 3))));
-            }
-        }
-    } else {
-        for (int i = start; i < columns; i += step) most = max(most, ranked(row[i], i));
-    }
-#pragma unroll
-    for (int offset = 16; offset; offset >>= 1) most = max(most, __shfl_xor_sync(ALL_LANES, most, offset));
-    if (lane == 0) found[warp] = most;
-    __syncthreads();
-    if (threadIdx.x != 0) return;
-#pragma unroll
-    for (int w = 1; w < 8; w++) most = max(most, found[w]);
-    atomicMax(best + blockIdx.y, most);
-    __threadfence();
-    if (atomicAdd(counters + blockIdx.y, 1u) != gridDim.x - 1) return;
-    __threadfence();
-    most = atomicExch(best + blockIdx.y, 0ull);
-    counters[blockIdx.y] = 0;
-    const int index = (int)~(u32)most;
-    ids[blockIdx.y] = (long long)index + first;
-    largest[blockIdx.y] = row[index];
-}
 #endif

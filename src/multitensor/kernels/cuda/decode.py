@@ -1,4 +1,4 @@
-"""The small kernels of a decode step, one new token a sequence: rotary + cache write, attention, norms, argmax.
+"""The small kernels of a decode step, one new token a sequence: rotary + cache write, attention, norms.
 
 Made to be captured in CUDA graphs: every call launches one kernel with a fixed grid on fixed addresses and allocates
 nothing; lengths are read from device memory. `positions` (int32 [S]) holds the position of each sequence's new token,
@@ -24,7 +24,6 @@ KEY_TILE = 16  # KV blocks are multiples of it
 WARPS = 8
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_HIDDEN = 16384
-_ARGMAX_BLOCKS = 64
 SHARED_BYTES = 48 << 10  # that a kernel may declare
 KINDS: dict[torch.dtype | str, int] = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, "q8": 3, "q4": 4}
 SLOT_TYPES = {torch.int32: "int", torch.int64: "long long"}
@@ -38,8 +37,6 @@ class DecodeKernels:
         self.device = device
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._programs: dict[tuple[tuple[str, object], ...], Program] = {}
-        self._best = torch.zeros(MAX_SEQUENCES, dtype=torch.int64, device=device)
-        self._counters = torch.zeros(MAX_SEQUENCES, dtype=torch.int32, device=device)
 
     @cached_property
     def overlap(self) -> bool:
@@ -94,16 +91,6 @@ class DecodeKernels:
             and partial.is_contiguous()
             and partial.data_ptr() % 8 == 0
         )
-
-    def argmax(self, logits: torch.Tensor, ids: torch.Tensor, largest: torch.Tensor, *, first: int = 0) -> None:
-        """logits float32 [S, V] -> ids int64 [S] (the lowest of equals, plus `first`), largest float32 [S]. NaN counts
-        as the largest value."""
-        sequences, columns = logits.shape
-        if not 0 < sequences <= MAX_SEQUENCES:
-            raise ValueError(f"argmax of {sequences} rows: from 1 to {MAX_SEQUENCES}")
-        blocks = max(1, min(_ARGMAX_BLOCKS, columns // 1024))
-        arguments = (logits, columns, first, ids, largest, self._best, self._counters)
-        launch(self.program().kernel("argmax"), (blocks, sequences), 256, 0, arguments, overlap=self.overlap)
 
 
 class DecodeAttention:
