@@ -294,14 +294,14 @@ def _print_reductions(console: Console, reductions: dict[str, Any]) -> None:
     if reductions["why"] or reductions["microseconds"]:
         why = f": {reductions['why']}" if reductions["why"] else ""
         console.print(f"small sums take {reductions['small']}{why}")
-    if reductions["overlapped_from"]:
-        console.print(f"sums of {reductions['overlapped_from']} tokens and more travel while products are computed")
     for rows, ways in reductions["large_microseconds"].items():
         times = ", ".join(f"{way} {microseconds:.0f}" for way, microseconds in ways.items())
         console.print(f"sum over ranks of {rows} rows, microseconds: {times}")
     if reductions["large_why"] or reductions["large_microseconds"]:
         why = f": {reductions['large_why']}" if reductions["large_why"] else ""
         console.print(f"large sums take {reductions['large']}{why}")
+    if reductions["overlapped_from"]:
+        console.print(f"sums of {reductions['overlapped_from']} tokens and more travel while products are computed")
 
 
 def _percent(value: float | None) -> str:
