@@ -165,6 +165,7 @@ def test_gguf_may_rotate_a_part_of_the_head() -> None:
         ({"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 4.0}, "low_freq_factor is missing"),
         ({"rope_type": "default", "rope_theta": "x"}, "rope_theta is 'x'"),
         ({"rope_type": "default", "partial_rotary_factor": 0.01}, "covers 0 of 64"),
+        ({"rope_type": "default", "partial_rotary_factor": 1e308}, "covers 128 of 64"),
         ({"rope_type": 3}, "rope_type is '3'; text"),
     ],
 )
@@ -191,3 +192,8 @@ def test_llama3_may_have_one_factor_for_long_and_short_waves() -> None:
     settings = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": turns, "high_freq_factor": turns}
     rope = make_rope(read_config_rope(fields({"rope_parameters": settings}), HEAD_DIM, CONTEXT), "half")
     assert rope.inverse_frequencies[0] == 1.0 and rope.inverse_frequencies[1] < 0.5
+
+
+def test_a_base_beside_the_rope_settings_is_checked_too() -> None:
+    with pytest.raises(InputError, match="rope_theta is 0"):
+        read_config_rope(fields({"rope_theta": 0}), HEAD_DIM, CONTEXT)

@@ -133,6 +133,18 @@ def test_special_tokens_that_do_not_exist_are_told(tmp_path: Path) -> None:
     assert numbered.startswith("generation_config.json: eos_token_id is 1000000, but")
 
 
+@pytest.mark.parametrize("templates", [[None], ["a"], [{}], [{"name": "default"}]])
+def test_chat_templates_without_name_or_text_are_refused(templates: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="chat_template has an entry without name or template"):
+        save(tmp_path, byte_level(), tokenizer_config={"chat_template": templates})
+
+
+def test_a_name_that_is_no_unicode_is_told(tmp_path: Path) -> None:
+    tokenizer = save(tmp_path, byte_level(), tokenizer_config={"eos_token": {"content": "\ud800"}})
+    (warning,) = tokenizer.warnings
+    assert "eos_token is '\ufffd', which is no token" in warning
+
+
 def test_padding_and_truncation_of_the_file_do_not_apply(tmp_path: Path) -> None:
     pipeline = byte_level()
     pipeline.enable_truncation(4)

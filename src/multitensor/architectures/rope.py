@@ -139,7 +139,8 @@ def read_config_rope(
     name = "rope_parameters" if fields.raw("rope_parameters") is not None else "rope_scaling"
     where = Fields(own, "", f"config.json, {name}")
     kind = _known_kind(where, "rope_type", where.text("rope_type", where.text("type", "default")))
-    dim = int(head_dim * where.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0)))
+    part = where.number("partial_rotary_factor", fields.number("partial_rotary_factor", 1.0))
+    dim = int(head_dim * min(part, 2.0))  # `_rotated` refuses what is above 1
     original = fields.integer("original_max_position_embeddings", train_context)
     original = where.integer("original_max_position_embeddings", original)
     given_factor = kind == "yarn" and own.get("attention_factor") is not None
@@ -150,7 +151,9 @@ def read_config_rope(
             where.number(key)
     return RopeParameters(
         dim=_rotated(dim, head_dim),
-        base=where.number("rope_theta", fields.number("rope_theta", default_base), minimum=LEAST_BASE),
+        base=where.number(
+            "rope_theta", fields.number("rope_theta", default_base, minimum=LEAST_BASE), minimum=LEAST_BASE
+        ),
         kind=kind,
         factor=factor,
         original_context=original,

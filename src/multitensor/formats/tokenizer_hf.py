@@ -20,6 +20,7 @@ from multitensor.formats.vocabulary import (
     StatedId,
     Traits,
     Vocabulary,
+    clean,
     end_ids,
     stated_id,
 )
@@ -155,7 +156,12 @@ def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]
     if isinstance(stated, str):
         templates["default"] = stated
     elif isinstance(stated, list):
-        templates = {str(entry["name"]): str(entry["template"]) for entry in stated}
+        named = [entry for entry in stated if isinstance(entry, dict) and {"name", "template"} <= entry.keys()]
+        if len(named) < len(stated):
+            raise InputError(
+                f"{folder.name}: tokenizer_config.json: chat_template has an entry without name or template"
+            )
+        templates = {str(entry["name"]): str(entry["template"]) for entry in named}
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     return templates | {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.exists()}
@@ -172,7 +178,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return clean(text) if isinstance(text, str) else text
 
 
 def _ids(value: Any) -> list[int]:
