@@ -139,6 +139,22 @@ def test_chat_templates_without_name_or_text_are_refused(templates: Any, tmp_pat
         save(tmp_path, byte_level(), tokenizer_config={"chat_template": templates})
 
 
+def test_a_huge_id_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
+    state = json.loads(byte_level().to_str())
+    state["model"]["vocab"]["a"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="but one of the id 4294967295"):
+        load_tokenizer(Checkpoint("safetensors", tmp_path, (), "llama", {}, {}))
+
+
+def test_a_post_processor_without_its_token_is_refused(tmp_path: Path) -> None:
+    state = json.loads(byte_level().to_str())
+    del state["post_processor"]["special_tokens"]["<|begin|>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(InputError, match="names a token that it lacks"):
+        load_tokenizer(Checkpoint("safetensors", tmp_path, (), "llama", {}, {}))
+
+
 def test_a_name_that_is_no_unicode_is_told(tmp_path: Path) -> None:
     tokenizer = save(tmp_path, byte_level(), tokenizer_config={"eos_token": {"content": "\ud800"}})
     (warning,) = tokenizer.warnings

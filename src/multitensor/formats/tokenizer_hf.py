@@ -25,6 +25,7 @@ from multitensor.formats.vocabulary import (
     stated_id,
 )
 
+MOST_UNNAMED = 1 << 20  # ids below the largest that no token has
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 
@@ -68,6 +69,8 @@ def _vocabulary(pipeline: Pipeline, path: Path) -> tuple[Vocabulary, bool]:
     byte_level, byte_fallback, strip_space = _decoding(pipeline, path)
     ids = pipeline.get_vocab(with_added_tokens=True)
     size = max(ids.values(), default=-1) + 1
+    if size > len(ids) + MOST_UNNAMED:  # checked before memory is taken for them
+        raise InputError(f"{path}: has {len(ids)} tokens, but one of the id {size - 1}; the file is broken")
     texts, kinds = [""] * size, [int(TokenKind.UNUSED)] * size
     for text, token in ids.items():
         texts[token] = text
@@ -126,7 +129,7 @@ def _traits(
     bos_id = bos[0].id if bos else None
     add_bos = settings.get("add_bos_token")
     if add_bos is None:  # then the pipeline's post-processor decides
-        add_bos = pipeline.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+        add_bos = _begins(pipeline, folder) == [bos_id]
     return Traits(
         bos_id=bos_id,
         eos_ids=end_ids(vocabulary, [end.id for end in ends]),
@@ -147,6 +150,16 @@ def _named(pipeline: Pipeline, name: str, texts: Mapping[str, str], folder: Path
     return StatedId(
         None, f"{folder.name}: {name}_token is {text!r}, which is no token of the vocabulary; it is left out"
     )
+
+
+def _begins(pipeline: Pipeline, folder: Path) -> list[int]:
+    """The first id of a text as the pipeline's post-processor completes it. Raises InputError where it cannot."""
+    try:
+        return list(pipeline.encode("a", add_special_tokens=True).ids[:1])
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the library; no Exception, and it cannot be imported
+            raise
+        raise InputError(f"{folder / 'tokenizer.json'}: its post-processor names a token that it lacks") from None
 
 
 def _chat_templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
