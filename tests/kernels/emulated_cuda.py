@@ -56,6 +56,8 @@ _PTX: dict[str, _Translation] = {
     "griddepcontrol.": lambda: "",
     "fence.proxy.async": lambda: "",
     "trap": lambda: "abort();",
+    "mov.u32 %0, %%smid": lambda to: f"{to} = blockIdx.x;",
+    "nanosleep.u32": lambda: "pause_();",
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
     "mov.u64 %0, %%globaltimer": lambda to: f"{to} = 0;",
     "cp.async.bulk.prefetch.L2.global": lambda at, size: f"read_only({at}, {size});",
@@ -66,12 +68,6 @@ _PTX: dict[str, _Translation] = {
         f"copy_bulk(at_shared({to}), {source}, {size}, at_shared({at}));"
     ),
     "mbarrier.try_wait.parity": lambda at, parity: f"copy_wait(at_shared({at}), {parity});",
-    "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32": lambda *o: _multiply_add(
-        o[:4], (o[4], o[5], "0", "0", o[6], "0")
-    ),
-    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": lambda *o: _multiply_add(o[:4], o[4:]),
-    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32": lambda *o: _multiply_add(o[:4], o[4:], "<true>"),
-    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": lambda *o: _multiply_add(o[:4], o[4:], "<false>"),
     "movmatrix.sync.aligned.m8n8.trans.b16": lambda to, v: f"{to} = transposed({v});",
     "ex2.approx.ftz.f32": lambda to, v: f"{to} = exp2f({v});",
     "add.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a + b; }});",
@@ -79,6 +75,10 @@ _PTX: dict[str, _Translation] = {
     "mul.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a * b; }});",
     "fma.rn.f16x2": lambda to, *o: (
         f"{to} = both_halves({', '.join(o)}, [](auto a, auto b, auto c) {{ return a * b + c; }});"
+    ),
+    "ld.relaxed.gpu.u32": lambda to, at: f"{to} = *(const u32*)({at});",
+    "ld.global.nc.L1::no_allocate.v4.u32": lambda x, y, z, w, at: (
+        f"const uint4 four = *(const uint4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
     ),
     "ld.volatile.global.v4.u32": lambda x, y, z, w, at: (
         f"const uint4 four = *(const uint4*)({at}); {x} = four.x; {y} = four.y; {z} = four.z; {w} = four.w;"
@@ -108,12 +108,16 @@ def build(
     """The kernel of that name, with `count` arguments, as `run(ranks, launches, [blocks, rows of blocks, threads of a
     block, bytes of shared memory] of every launch of every rank, addresses of every argument of each, seed)`: 0, or 1
     where all threads wait for ever."""
+    found = compiler()
+    assert found is not None
+    # First the preprocessor: a PTX statement may be cut by conditions.
+    preprocess = [found, "-E", "-P", "-x", "c++", "-D__CUDA_ARCH__=900", "-"]
     program = source_text(sources, defines)
-    head = program[: program.index("//")]  # the defines, which simt.h does not know
+    program = subprocess.run(preprocess, input=program, capture_output=True, text=True, check=True).stdout
     text = "\n".join(
         (
             '#include "simt.h"\n#include <utility>',
-            head + to_host(program[len(head) :]),
+            to_host(program),
             f"#define COUNT {count}\n#define KERNEL {kernel}",
             _CALL + _DRIVER,
         )
@@ -121,8 +125,6 @@ def build(
     cpp, library = folder / f"{kernel}.cpp", folder / f"{kernel}.so"
     cpp.write_text(text)
     options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{_HERE}"]
-    found = compiler()
-    assert found is not None
     result = subprocess.run([found, *options, str(cpp), "-o", str(library)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[:4000]
     loaded = ctypes.CDLL(str(library))
@@ -179,18 +181,22 @@ def _translated(statement: str) -> str:
     words = re.sub(r"\s+", " ", ptx).strip()
     waiting = re.search(r"mbarrier\.try_wait\S*", words)
     words = waiting.group(0) if waiting else words
+    if re.match(r"mma\.sync\.aligned\.m16n8k(16|32)\.row\.col\.(s32\.s8\.s8\.s32|f32\.b?f16\.b?f16\.f32) ", words):
+        return _multiply_add(words, operands)
     for beginning, translate in _PTX.items():
         if words.startswith(beginning):
             return translate(*operands)
     return f"UNKNOWN_PTX({words.split(';')[0]})"  # does not compile, where it is compiled at all
 
 
-def _multiply_add(d: tuple[str, ...], rest: tuple[str, ...], kind: str = "") -> str:
-    """rest: fragments of A and of B; and of C, where that is not D."""
-    a_and_b, c = rest[:6], rest[6:] or d
+def _multiply_add(words: str, operands: list[str]) -> str:
+    """D, A, B and C by the numbers in braces; a product of fewer columns is the first part of one of more."""
+    d, a, b, c = ([operands[int(n)] for n in re.findall(r"%(\d+)", part)] for part in re.findall(r"{([^}]*)}", words))
+    kind = "<true>" if ".bf16.bf16." in words else "<false>" if ".f16.f16." in words else ""
+    fragments = a + ["0"] * (4 - len(a)) + b + ["0"] * (2 - len(b))
     names = " ".join(f"{x} = four[{i}];" for i, x in enumerate(d))
     type_ = "float" if kind else "int"
-    return f"{type_} four[4] = {{{', '.join(c)}}}; multiply_add{kind}(four, {', '.join(a_and_b)}); {names}"
+    return f"{type_} four[4] = {{{', '.join(c)}}}; multiply_add{kind}(four, {', '.join(fragments)}); {names}"
 
 
 @dataclass
