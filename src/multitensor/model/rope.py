@@ -47,6 +47,6 @@ class RopeTable:
             first = self._made * self._frequencies
             cos, sin = first.cos() * self._magnitude, first.sin() * self._magnitude
             cos_within, sin_within = self._cos_within[: stop - self._made], self._sin_within[: stop - self._made]
-            self.cos[self._made : stop] = cos * cos_within - sin * sin_within
-            self.sin[self._made : stop] = sin * cos_within + cos * sin_within
+            self.cos[self._made : stop].copy_(cos * cos_within - sin * sin_within)
+            self.sin[self._made : stop].copy_(sin * cos_within + cos * sin_within)
             self._made = stop

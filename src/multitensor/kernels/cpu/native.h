@@ -18,12 +18,12 @@
 #define LANES 8           /* sums that a product with 8-bit activations is made of: group g belongs to sum g % LANES */
 #define TILE_COLS 4096    /* columns of a packed tile of 8-bit codes; a quarter of it in floats */
 
-/* Numbers known to library.py (TYPE_IDS). */
+/* Numbers known to binding.py (TYPE_IDS). */
 enum weight_type {
     F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, MXFP4, N_TYPES
 };
 
-/* Numbers known to library.py (PLANES): where each plane of a QuantTensor goes. "minimum" is m or dmin. */
+/* Numbers known to binding.py (PLANES): where each plane of a QuantTensor goes. "minimum" is m or dmin. */
 enum plane { QUANTS, HIGH, SCALES, MINS, D, MINIMUM, N_PLANES };
 
 /* One QuantTensor: plane base addresses and the bytes between their rows. */
