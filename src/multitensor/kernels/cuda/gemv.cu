@@ -58,17 +58,22 @@ __device__ __forceinline__ void barrier_init(u64* bar) {
 #endif
 }
 
+#if HAS_BULK
+__device__ __forceinline__ void copy_tile(u8* stage, const u8* source, int bytes, u64* bar, int lane) {
+    if (lane == 0) {
+        u32 b = shared_address(bar);
+        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                         shared_address(stage)),
+                     "l"(source), "r"(bytes), "r"(b)
+                     : "memory");
+    }
+}
+#endif
 template <int BYTES>
 __device__ __forceinline__ void ring_fill(u8* stage, const u8* source, u64* bar, int lane) {
 #if HAS_BULK
-    if (lane == 0) {
-        u32 b = shared_address(bar);
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(BYTES) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(stage)),
-                     "l"(source), "r"(BYTES), "r"(b)
-                     : "memory");
-    }
+    copy_tile(stage, source, BYTES, bar, lane);
 #elif !HAS_ASYNC
     for (int at = lane * 16; at < BYTES; at += 512) *(uint4*)(stage + at) = *(const uint4*)(source + at);
     __syncwarp();

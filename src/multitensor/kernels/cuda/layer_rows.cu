@@ -16,28 +16,41 @@ constexpr int TOGETHER = 32 / LANES;       // rows that a warp's load takes
 constexpr int ITEMS_OF_TILE = LANES / 2;   // loads that take 16 rows
 static_assert(LANES * 8 == TILE_COLUMNS && ITEMS_OF_TILE * TOGETHER == ROWS, "64, 128 or 256 columns");
 
+// What of a tile lies within its matrix: rows of so many bytes, `pitch` bytes apart.
+struct Extent {
+    const u8* source;
+    size_t pitch;
+    int rows, bytes;
+    template <class Phase>
+    __device__ __forceinline__ Extent(const Phase& p, int part, int group, int kb) {
+        const int first = group * ROWS, k = kb * TILE_COLUMNS;
+        rows = min(ROWS, p.rows[part] - first);
+        bytes = 2 * min(TILE_COLUMNS, p.columns - k);
+        pitch = 2 * (size_t)p.columns;
+        source = p.w[part] + first * pitch + 2 * k;
+    }
+};
+
 // Rows past a matrix's last and columns past its last are not copied: what a stage held before stays there.
 template <class Phase>
 __device__ __forceinline__ void fill_stage(u8* stage, const Phase& p, int part, int group, int kb, u64* bar, int lane) {
-    const int first = group * ROWS, k = kb * TILE_COLUMNS;
-    const int rows = min(ROWS, p.rows[part] - first), bytes = 2 * min(TILE_COLUMNS, p.columns - k);
-    const u8* source = p.w[part] + 2 * ((size_t)first * p.columns + k);
+    const Extent tile(p, part, group, kb);
 #if HAS_BULK
     const u32 b = shared_address(bar);
-    if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(rows * bytes) : "memory");
+    if (lane == 0) asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(tile.rows * tile.bytes) : "memory");
     __syncwarp();
-    if (lane < rows)
+    if (lane < tile.rows)
         asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                          shared_address(stage + lane * ROW_BYTES)),
-                     "l"(source + (size_t)lane * 2 * p.columns), "r"(bytes), "r"(b)
+                     "l"(tile.source + lane * tile.pitch), "r"(tile.bytes), "r"(b)
                      : "memory");
 #else
     const int at = lane % LANES * 16;
 #pragma unroll
     for (int i = 0; i < ITEMS_OF_TILE; i++) {
         const int row = i * TOGETHER + lane / LANES;
-        if (row >= rows || at >= bytes) continue;
-        const u8* from = source + (size_t)row * 2 * p.columns + at;
+        if (row >= tile.rows || at >= tile.bytes) continue;
+        const u8* from = tile.source + row * tile.pitch + at;
         u8* to = stage + row * ROW_BYTES + at;
 #if HAS_ASYNC
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -52,14 +65,13 @@ __device__ __forceinline__ void fill_stage(u8* stage, const Phase& p, int part, 
 // Lets the L2 cache read ahead: a tile.
 template <class Phase>
 __device__ __forceinline__ void read_ahead(const Phase& p, int part, int group, int kb, int lane) {
-    const int first = group * ROWS, k = kb * TILE_COLUMNS;
-    const int rows = min(ROWS, p.rows[part] - first), bytes = 2 * min(TILE_COLUMNS, p.columns - k);
-    const u8* source = p.w[part] + 2 * ((size_t)(first + lane) * p.columns + k);
-    if (lane >= rows) return;
+    const Extent tile(p, part, group, kb);
+    if (lane >= tile.rows) return;
+    const u8* source = tile.source + lane * tile.pitch;
 #if HAS_BULK
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(tile.bytes) : "memory");
 #elif HAS_ASYNC
-    for (int at = 0; at < bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(source + at) : "memory");
+    for (int at = 0; at < tile.bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(source + at) : "memory");
 #endif
 }
 

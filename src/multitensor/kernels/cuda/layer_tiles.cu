@@ -39,14 +39,7 @@ __device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int la
     const u8* source = (const u8*)(tile & ~3ull);
     const int kind = (int)tile & 3;
 #if HAS_BULK
-    if (lane == 0) {
-        const u32 b = shared_address(bar), bytes = tile_bytes(kind);
-        asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                         shared_address(stage)),
-                     "l"(source), "r"(bytes), "r"(b)
-                     : "memory");
-    }
+    copy_tile(stage, source, tile_bytes(kind), bar, lane);
 #else
     if (TYPES > 2 && kind == 2) ring_fill<TYPE_C::TILE>(stage, source, bar, lane);
     else if (TYPES > 3 && kind == 3) ring_fill<TYPE_D::TILE>(stage, source, bar, lane);
