@@ -14,8 +14,10 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from multitensor.kernels.cuda.program import source_text
@@ -103,7 +105,7 @@ def compiler() -> str | None:
 
 
 def build(
-    sources: tuple[str, ...], defines: Mapping[str, object], kernel: str, count: int, folder: Path
+    sources: str | tuple[str, ...], defines: Mapping[str, object], kernel: str, count: int, folder: Path
 ) -> ctypes.CDLL:
     """The kernel of that name, with `count` arguments, as `run(ranks, launches, [blocks, rows of blocks, threads of a
     block, bytes of shared memory] of every launch of every rank, addresses of every argument of each, seed)`: 0, or 1
@@ -201,9 +203,9 @@ def _multiply_add(words: str, operands: list[str]) -> str:
 
 @dataclass
 class Asked:
-    """A program that the Python side asked for, in place of program.Program: give it to `emulated`."""
+    """A program that the Python side asked for, in place of program.Program."""
 
-    sources: tuple[str, ...]
+    sources: str | tuple[str, ...]
     defines: dict[str, object]
     device: object = None
 
@@ -252,6 +254,25 @@ class AtOnce(Queue):
     def launch(self, *arguments: Any, **options: Any) -> None:
         super().launch(*arguments, **options)
         assert self.run(1, seed=1), "all wait for ever"
+
+
+def replace_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    queue: Queue,
+    *modules: ModuleType,
+    processors: int = 3,
+    shared_limit: int = 99 << 10,
+) -> None:
+    """The programs and launches of these modules of kernels/cuda go to the queue; torch tells of a GPU of compute
+    capability 9.0 with so many multiprocessors, whose blocks have so many bytes of shared memory."""
+    properties = SimpleNamespace(multi_processor_count=processors, shared_memory_per_multiprocessor=shared_limit + 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    for module in modules:
+        monkeypatch.setattr(module, "Program", Asked)
+        monkeypatch.setattr(module, "launch", queue.launch)
+        if hasattr(module, "shared_limit"):
+            monkeypatch.setattr(module, "shared_limit", lambda device: shared_limit)
 
 
 def _c_value(value: Any) -> Any:

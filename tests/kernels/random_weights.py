@@ -7,6 +7,8 @@ import numpy as np
 import torch
 
 from multitensor.formats.quant_types import QUANT_TYPES, QuantType
+from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
+from multitensor.kernels.dequantize import dequantize
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.repack import repack, slice_phase
 
@@ -71,3 +73,17 @@ def random_tensor(name: str, rows: int, cols: int, seed: int, scale: float = 0.0
     type = QUANT_TYPES[name]
     raw = random_raw(type, rows, cols, seed, scale)
     return slice_of(type, raw, 0, cols), oracle(type, raw)
+
+
+def tiled(
+    name: str, rows: int, cols: int, start: int, stop: int, seed: int, scale: float, device: str = "cpu"
+) -> tuple[TiledTensor, torch.Tensor]:
+    """Columns [start, stop) of rows x cols random weights in tiles, and the numbers that they stand for, float32."""
+    type = QUANT_TYPES[name]
+    planes = slice_of(type, random_raw(type, rows, cols, seed, scale), start, stop, device)
+    return to_tiles(planes), dequantize(planes)
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Relative, over all elements; wanted: float64."""
+    return float((found.double() - wanted).norm() / wanted.norm())

@@ -26,8 +26,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> emulated_cuda.Queue:
 
 @pytest.fixture
 def queue(built: emulated_cuda.Queue, monkeypatch: pytest.MonkeyPatch) -> emulated_cuda.Queue:
-    monkeypatch.setattr(chunks, "Program", emulated_cuda.Asked)
-    monkeypatch.setattr(chunks, "launch", built.launch)
+    emulated_cuda.replace_gpu(monkeypatch, built, chunks)
     monkeypatch.setattr(chunks, "_THREADS", 64)
     monkeypatch.setattr(chunks, "_BLOCKS", 2)
     return built

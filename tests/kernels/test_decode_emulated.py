@@ -4,7 +4,6 @@ same launch, on an emulated GPU against the plain kernels. Kernel, defines and a
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import emulated_cuda
@@ -36,10 +35,7 @@ ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> emulated_cuda.Queue:
     made = emulated_cuda.Queue(tmp_path)
-    monkeypatch.setattr(decode, "Program", lambda source, defines, device: emulated_cuda.Asked((source,), defines))
-    monkeypatch.setattr(decode, "launch", made.launch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(multi_processor_count=4))
+    emulated_cuda.replace_gpu(monkeypatch, made, decode, processors=4)
     return made
 
 

@@ -52,38 +52,35 @@ class Replay:
         self.forward()
 
 
+class Unrecorded(emulated_cuda.AtOnce):
+    """Nothing runs while a graph is recorded."""
+
+    recording = False
+
+    def launch(self, *arguments: Any, **options: Any) -> None:
+        if not self.recording:
+            super().launch(*arguments, **options)
+
+
 @pytest.fixture(autouse=True)
-def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def program(sources: str | tuple[str, ...], defines: Any, device: object) -> emulated_cuda.Asked:
-        return emulated_cuda.Asked((sources,) if isinstance(sources, str) else sources, dict(defines))
-
-    queue, recording = emulated_cuda.AtOnce(tmp_path), []
-
-    def launch(*arguments: Any, **options: Any) -> None:
-        if not recording:
-            queue.launch(*arguments, **options)
+def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Unrecorded(tmp_path)
 
     @contextmanager
     def record(*arguments: Any, **options: Any) -> Iterator[None]:
-        recording.append(True)
+        queue.recording = True
         yield
-        recording.clear()
+        queue.recording = False
 
-    for module in (decode, float_matrix, layer, matrix, prefill, sample, small_batch):
-        monkeypatch.setattr(module, "Program", program)
-        monkeypatch.setattr(module, "launch", launch)
-        monkeypatch.setattr(module, "shared_limit", lambda device: 99 << 10, raising=False)
-    properties = SimpleNamespace(multi_processor_count=2, shared_memory_per_multiprocessor=100 << 10)
+    modules = (decode, float_matrix, layer, matrix, prefill, sample, small_batch)
+    emulated_cuda.replace_gpu(monkeypatch, queue, *modules, processors=2)
     plain_empty = torch.empty
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replay)
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: plain_empty(*a, **k))
-    yield
 
 
 def graphs_of(plain: RankModel, path: Path, last: torch.Tensor) -> DecodeGraphs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated_cuda
 import pytest
@@ -18,12 +17,7 @@ HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 @pytest.fixture(autouse=True)
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    properties = SimpleNamespace(multi_processor_count=3, shared_memory_per_multiprocessor=100 << 10)
-    monkeypatch.setattr(float_matrix, "Program", lambda source, d, device: emulated_cuda.Asked((source,), dict(d)))
-    monkeypatch.setattr(float_matrix, "launch", emulated_cuda.AtOnce(tmp_path).launch)
-    monkeypatch.setattr(float_matrix, "shared_limit", lambda device: 99 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: properties)
+    emulated_cuda.replace_gpu(monkeypatch, emulated_cuda.AtOnce(tmp_path), float_matrix)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import emulated_cuda
 import pytest
 import torch
+from random_weights import error
 
 from model_harness import cpu_plan
 from multitensor.config import FLOAT_LAYERS, HOST_RELAY
@@ -129,16 +130,11 @@ def wanted(
     return residual, results
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((found.double() - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_models_launches(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture, types, ratio, way, tokens = CASES[name]
     queue = emulated_cuda.Queue(tmp_path)
-    monkeypatch.setattr(layer_module, "Program", emulated_cuda.Asked)
-    monkeypatch.setattr(layer_module, "launch", queue.launch)
+    emulated_cuda.replace_gpu(monkeypatch, queue, layer_module)
     path = write_gguf(tmp_path / "m.gguf", architecture, hidden=128, ffn=256, n_heads=4, n_kv_heads=2, types=types)
     plan = cpu_plan(open_checkpoint(path), ratio)
     dtype = torch.bfloat16 if types == "BF16" else torch.float16

@@ -4,18 +4,17 @@ defines and arguments are those that a GPU gets."""
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated_cuda
 import pytest
 import random_weights as rw
 import torch
+from random_weights import error
 
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cuda import matrix
 from multitensor.kernels.cuda.matrix import TileKernels
-from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
-from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="there is no C++ compiler")
 # Matrices of one launch begin at the same column of a super-block, so types of blocks of 256 and of 32 do not meet.
@@ -29,25 +28,15 @@ START, COLUMNS = 32, 320  # from inside a super-block to inside the next
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> emulated_cuda.Queue:
     made = emulated_cuda.Queue(tmp_path)
-    monkeypatch.setattr(matrix, "Program", emulated_cuda.Asked)
-    monkeypatch.setattr(matrix, "launch", made.launch)
-    monkeypatch.setattr(matrix, "shared_limit", lambda device: 227 << 10)
+    emulated_cuda.replace_gpu(monkeypatch, made, matrix)
     monkeypatch.setattr(matrix, "WARPS", 4)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(multi_processor_count=3))
     return made
 
 
 def tiled(name: str, rows: int, seed: int, start: int = START) -> tuple[TiledTensor, torch.Tensor]:
     """Random weights and the numbers that they stand for, float64."""
-    kind = QUANT_TYPES[name]
-    raw = rw.random_raw(kind, rows, 512, seed, 0.01)
-    planes = rw.slice_of(kind, raw, start, start + COLUMNS, "cpu")
-    return to_tiles(planes), dequantize(planes).double()
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    weights, numbers = rw.tiled(name, rows, 512, start, start + COLUMNS, seed, 0.01)
+    return weights, numbers.double()
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)

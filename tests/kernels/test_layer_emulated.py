@@ -25,8 +25,6 @@ from multitensor.kernels.cuda.layer import (
     places_bytes,
 )
 from multitensor.kernels.cuda.layer_weights import FloatRows, LayerWeights, ways_to_lie
-from multitensor.kernels.cuda.tiles import to_tiles
-from multitensor.kernels.dequantize import dequantize
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.parallel.rank_memory import NOTHING
 
@@ -108,8 +106,8 @@ class Weights:
             plane = (torch.randn(rows, cols, generator=generator) * 0.05).to(FLOATS[name])
             return QuantTensor(kind, rows, cols, {"weight": plane}), plane.double()
         whole = -(-(start + cols) // 256) * 256
-        planes = rw.slice_of(kind, rw.random_raw(kind, rows, whole, self._seed, 5e-3), start, start + cols, "cpu")
-        return to_tiles(planes), dequantize(planes).double()
+        weight, numbers = rw.tiled(name, rows, whole, start, start + cols, self._seed, 5e-3)
+        return weight, numbers.double()
 
     @property
     def matrices(self) -> list[Matrices]:
@@ -179,8 +177,7 @@ def make_ranks(case: Case, norms: dict[str, torch.Tensor | None]) -> list[Rank]:
 def test_launches_in_a_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     queue = emulated_cuda.Queue(tmp_path)
-    monkeypatch.setattr(layer, "Program", emulated_cuda.Asked)
-    monkeypatch.setattr(layer, "launch", queue.launch)
+    emulated_cuda.replace_gpu(monkeypatch, queue, layer)
     generator = torch.Generator().manual_seed(0)
 
     def vector(present: bool = True) -> torch.Tensor | None:
@@ -245,4 +242,4 @@ def check(case: Case, ranks: list[Rank], norms: dict[str, torch.Tensor | None], 
     for rank, w in zip(ranks, weights, strict=True):
         assert torch.equal(rank.residual[i], ranks[0].residual[i])
         for found, wanted in ((rank.residual[i], residual), (rank.out[i], product(x, w.following, w.biases[3]))):
-            assert float((found.double() - wanted).norm() / wanted.norm()) < rounding
+            assert rw.error(found, wanted) < rounding

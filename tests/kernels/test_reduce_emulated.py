@@ -24,9 +24,7 @@ WAYS = pytest.mark.parametrize("mailbox", [False, True], ids=["pushed", "mailbox
 @pytest.fixture
 def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> emulated_cuda.Queue:
     made = emulated_cuda.Queue(tmp_path)
-    monkeypatch.setattr(reduce, "Program", emulated_cuda.Asked)
-    monkeypatch.setattr(reduce, "launch", made.launch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    emulated_cuda.replace_gpu(monkeypatch, made, reduce)
     return made
 
 

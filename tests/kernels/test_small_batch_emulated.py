@@ -4,18 +4,16 @@ Kernels, defines and arguments are those that a GPU gets."""
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated_cuda
 import pytest
 import random_weights as rw
 import torch
+from random_weights import error
 
-from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cuda import small_batch
 from multitensor.kernels.cuda.small_batch import TOKEN_TILES, Shape, SmallBatchKernels
-from multitensor.kernels.cuda.tiles import TiledTensor, to_tiles
-from multitensor.kernels.dequantize import dequantize
+from multitensor.kernels.cuda.tiles import TiledTensor
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="there is no C++ compiler")
 START, COLUMNS = 96, 480  # from inside a super-block to inside the last of three
@@ -24,26 +22,14 @@ SHAPES = {"a row group a warp": Shape(4, 1), "two": Shape(2, 2)}
 
 @pytest.fixture(params=SHAPES)
 def kernels(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallBatchKernels:
-    def program(sources: str | tuple[str, ...], defines: dict[str, object], device: object) -> emulated_cuda.Asked:
-        return emulated_cuda.Asked((sources,) if isinstance(sources, str) else sources, defines)
-
-    monkeypatch.setattr(small_batch, "Program", program)
-    monkeypatch.setattr(small_batch, "launch", emulated_cuda.AtOnce(tmp_path).launch)
-    monkeypatch.setattr(small_batch, "shared_limit", lambda device: 99 << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(multi_processor_count=5))
+    emulated_cuda.replace_gpu(monkeypatch, emulated_cuda.AtOnce(tmp_path), small_batch, processors=5)
     return SmallBatchKernels(torch.device("cpu"), dict.fromkeys(TOKEN_TILES, SHAPES[request.param]))
 
 
 def tiled(name: str, rows: int, seed: int, start: int = START) -> tuple[TiledTensor, torch.Tensor]:
     """Random weights and the numbers that they stand for, float64."""
-    kind = QUANT_TYPES[name]
-    planes = rw.slice_of(kind, rw.random_raw(kind, rows, 768, seed, 0.01), start, start + COLUMNS, "cpu")
-    return to_tiles(planes), dequantize(planes).double()
-
-
-def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found.double() - wanted).norm() / wanted.norm())
+    weights, numbers = rw.tiled(name, rows, 768, start, start + COLUMNS, seed, 0.01)
+    return weights, numbers.double()
 
 
 @pytest.mark.parametrize("types", [("Q4_K", "Q6_K"), ("Q5_K", "IQ4_XS"), ("Q8_0", "Q4_1"), ("Q2_K", "Q3_K")])

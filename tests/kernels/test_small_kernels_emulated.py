@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import emulated_cuda
 import pytest
@@ -21,12 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    queue = emulated_cuda.AtOnce(tmp_path)
-    for module in (decode, prefill, sample):
-        monkeypatch.setattr(module, "Program", lambda source, defines, device: emulated_cuda.Asked((source,), defines))
-        monkeypatch.setattr(module, "launch", queue.launch)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(multi_processor_count=4))
+    emulated_cuda.replace_gpu(monkeypatch, emulated_cuda.AtOnce(tmp_path), decode, prefill, sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
