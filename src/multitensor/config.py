@@ -100,18 +100,11 @@ def check_ratio(ratio: tuple[float, ...]) -> None:
         raise InputError(f"ratio: {','.join(map(str, ratio))} is not a ratio; parts are >= 0 and not all 0")
 
 
-FLOAT_LAYERS = "float-layers"
 HOST_RELAY = "host-relay"
 Q8_WIRE = "q8-wire"
-LAYER_BATCHES = "layer-batches"
-LAYER_TYPES = "layer-types"
-LAYER_AHEAD = "layer-ahead"
 EXPERIMENTS = {
-    FLOAT_LAYERS: "float16 and bfloat16 weights in one launch from attention to attention",
-    HOST_RELAY: "the same for GPUs that do not reach each other's memory, with sums through the host's",
-    LAYER_BATCHES: "the same for three and four sequences",
-    LAYER_TYPES: "the same for files whose layers have three or four types",
-    LAYER_AHEAD: "in that launch the L2 cache reads ahead where the memory would rest",
+    HOST_RELAY: "one launch from attention to attention also for GPUs that do not reach each other's memory, with sums "
+    "through the host's",
     Q8_WIRE: "between such GPUs sums of many tokens in 8 bits, each off by about 1%",
 }
 

@@ -125,14 +125,6 @@ def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("name", ["two types", "bfloat16"])
-def test_reading_ahead_changes_nothing(kernels: Any, name: str, overlap: bool) -> None:
-    types, hidden, heads, ffn, more = CASES[name]
-    case = Case(types, hidden, heads, ffn, **more)
-    run_launches(kernels, case, torch.bfloat16, 1, {"ahead": (6, 2), "overlap": overlap})
-
-
-@pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("tokens", [1, 2, 4])
 @pytest.mark.parametrize(("columns", "warps"), [(256, 8), (256, 4), (128, 8), (128, 6), (64, 8), (64, 4)])
 def test_float_rows_in_every_shape(kernels: Any, columns: int, warps: int, tokens: int, overlap: bool) -> None:

@@ -41,7 +41,9 @@ def test_a_real_model_on_one_gpu(name: str, dtype: str) -> None:
         assert alone[:sure] == entry["tokens"][:sure], entry["prompt"]
         assert beside[:sure] == entry["tokens"][:sure], entry["prompt"]
         compared += sure
-    print(f"\n{name} {dtype}: perplexity / llama.cpp's {ratio:.5f}, {compared} sure tokens equal, verify {report['ok']}")
+    print(
+        f"\n{name} {dtype}: perplexity / llama.cpp's {ratio:.5f}, {compared} sure tokens equal, verify {report['ok']}"
+    )
     assert report["ok"], report
     assert abs(ratio - 1) <= PERPLEXITY
     assert compared > 0

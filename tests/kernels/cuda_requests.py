@@ -204,7 +204,6 @@ def layer_requests(turn: int) -> None:
             rank=ranks - 1,
             places=_places(ranks, relay=ranks > 1 and number % 2 == 0),
             inner=512,
-            ahead=(6, 2) if (turn + number) % 2 else (0, 0),
             warps=(None, 6, 12)[(turn + number) % 3],
             overlap=False if number % 2 else None,
         )
@@ -217,7 +216,6 @@ def layer_requests(turn: int) -> None:
             rank=0,
             places=_places(1 + number, relay=number == 2),
             inner=512,
-            ahead=(6, 2) if (turn + number) % 2 else (0, 0),
             overlap=False if (turn + number) % 3 == 0 else None,
         )
 

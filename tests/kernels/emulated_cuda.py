@@ -62,7 +62,6 @@ _PTX: dict[str, _Translation] = {
     "nanosleep.u32": lambda: "pause_();",
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
     "mov.u64 %0, %%globaltimer": lambda to: f"{to} = 0;",
-    "cp.async.bulk.prefetch.L2.global": lambda at, size: f"read_only({at}, {size});",
     "mbarrier.init": lambda at, all_="1": f"copy_barrier_init(at_shared({at}), {all_});",
     "mbarrier.arrive.shared": lambda at: f"copy_expect(at_shared({at}), 0);",
     "mbarrier.arrive.expect_tx": lambda at, size: f"copy_expect(at_shared({at}), {size});",

@@ -303,12 +303,6 @@ static inline void copy_bulk(void* to, const void* from, unsigned bytes, void* a
     ((CopyBarrier*)at)->bytes -= bytes;
     settle_((CopyBarrier*)at);
 }
-// A cache that reads ahead: what it is told to read must be there.
-static inline void read_only(const void* at, unsigned bytes) {
-    volatile unsigned char sum = 0;
-    for (unsigned i = 0; i < bytes; i += 16) sum += ((const unsigned char*)at)[i];
-    if (((size_t)at | bytes) & 15) abort();
-}
 static inline void copy_wait(void* at, unsigned parity) {
     while ((unsigned)(((CopyBarrier*)at)->phase & 1) == parity) pause_();
 }

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from model_harness import BLOCK, RankModel, cpu_plan, shuffled_tables
-from multitensor.config import FLOAT_LAYERS
 from multitensor.formats.checkpoint import open_checkpoint
 from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.cuda import decode, float_matrix, layer, matrix, prefill, sample, small_batch
@@ -94,7 +93,7 @@ def graphs_of(plain: RankModel, path: Path, last: torch.Tensor) -> DecodeGraphs:
         rope.at(torch.arange(plan.context))  # on CPUs tables are made when they are asked for
     shape = (plan.kv_tokens // BLOCK, BLOCK, plan.ranks[0].kv_heads.size, plan.spec.head_dim)
     caches = [(make_cache(plan.kv_type, shape, CPU), make_cache(plan.kv_type, shape, CPU)) for _ in plan.spec.layers]
-    return DecodeGraphs(decoder, plan, 0, caches, kernels, group, last, frozenset([FLOAT_LAYERS]))
+    return DecodeGraphs(decoder, plan, 0, caches, kernels, group, last)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,7 @@ import torch
 from random_weights import error
 
 from model_harness import cpu_plan
-from multitensor.config import FLOAT_LAYERS, HOST_RELAY
+from multitensor.config import HOST_RELAY
 from multitensor.formats.checkpoint import open_checkpoint
 from multitensor.kernels.cuda import layer as layer_module
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels
@@ -79,8 +79,7 @@ class Rank:
         gpu: Any = SimpleNamespace(
             tile_kernels=SimpleNamespace(device=CPU, blocks=3, shared_limit=72 << 10, overlap=True)
         )
-        tried = frozenset((FLOAT_LAYERS, HOST_RELAY))
-        fused = FusedLayers.make(self.decoder, plan, group.rank, gpu, group, tokens, tried)
+        fused = FusedLayers.make(self.decoder, plan, group.rank, gpu, group, tokens, frozenset((HOST_RELAY,)))
         assert fused is not None
         self.fused = fused
         self.heads = plan.ranks[group.rank].query_heads.size * plan.spec.head_dim

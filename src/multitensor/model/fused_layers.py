@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from multitensor.config import FLOAT_LAYERS, HOST_RELAY, LAYER_AHEAD, LAYER_BATCHES, LAYER_TYPES
+from multitensor.config import HOST_RELAY
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels, joined_biases
 from multitensor.kernels.cuda.layer import (
     MAX_HIDDEN,
-    MAX_TOKENS,
     LayerKernel,
     LayerPhases,
     LayerShape,
@@ -20,7 +18,7 @@ from multitensor.kernels.cuda.layer import (
     mail_bytes,
     places_bytes,
 )
-from multitensor.kernels.cuda.layer_weights import FloatRows, LayerWeights, Tiles, ways_to_lie
+from multitensor.kernels.cuda.layer_weights import LayerWeights, ways_to_lie
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.model.decoder import Decoder
 from multitensor.parallel.group import Group
@@ -28,9 +26,6 @@ from multitensor.parallel.host_memory import HostMemory
 from multitensor.parallel.peer_memory import PeerMemory
 from multitensor.parallel.rank_memory import NOTHING
 from multitensor.sharding.plan import Plan
-
-_AHEAD = (6, 2)  # tiles of a warp, 30 MB of Q4_K on 132 multiprocessors: a guess, to be measured
-_MEASURED_TOKENS = 2  # on GPUs; up to MAX_TOKENS by name
 
 
 class FusedLayers:
@@ -57,10 +52,9 @@ class FusedLayers:
         tried: as EngineConfig has it."""
         hidden = plan.spec.hidden_size
         tiles = kernels.tile_kernels
-        most = MAX_TOKENS if LAYER_BATCHES in tried else _MEASURED_TOKENS
-        small = tokens <= most and hidden <= MAX_HIDDEN and hidden % 8 == 0
+        small = hidden <= MAX_HIDDEN and hidden % 8 == 0
         weights = _weights(decoder, plan, rank) if small else []
-        ways = [lie for lie in ways_to_lie(weights) if _name(lie) in (None, *tried)]
+        ways = [lie for lie in ways_to_lie(weights) if tokens <= lie.most_tokens]
         phases = _phases(decoder) if ways else []
         shape = _fitting(phases, tokens, tiles.blocks, tiles.shared_limit, ways)
         if not all(group.gather_objects(shape is not None)):
@@ -69,8 +63,7 @@ class FusedLayers:
         if places is None or shape is None:
             return None
         inner = phases[0].down.weights[0].cols
-        sizes: dict[str, Any] = {"hidden": hidden, "inner": inner, "ahead": _AHEAD if LAYER_AHEAD in tried else (0, 0)}
-        kernel = LayerKernel(tiles, shape, decoder.dtype, rank=rank, places=places, **sizes)
+        kernel = LayerKernel(tiles, shape, decoder.dtype, hidden=hidden, rank=rank, places=places, inner=inner)
         return cls(decoder, phases, kernel, decoder.dtype, gelu=plan.spec.activation == "gelu_tanh")
 
     def run(
@@ -94,13 +87,6 @@ class FusedLayers:
             number=index,
         )
         return out
-
-
-def _name(lie: LayerWeights) -> str | None:
-    """Of the experiment that such weights are; None: measured."""
-    if isinstance(lie, FloatRows):
-        return FLOAT_LAYERS
-    return LAYER_TYPES if isinstance(lie, Tiles) and len(lie.types) > 2 else None
 
 
 def _weights(decoder: Decoder, plan: Plan, rank: int) -> list[QuantTensor]:

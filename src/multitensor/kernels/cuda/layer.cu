@@ -31,14 +31,6 @@ constexpr size_t PART = (size_t)RANKS * TOKENS * HIDDEN, MAIL = (size_t)TOKENS *
 #ifndef RELAY
 #define RELAY false
 #endif
-// Tiles of a warp beyond its ring that the L2 cache reads ahead while there is nothing to multiply: while the kernel before
-// runs, and from one product to the next.
-#ifndef AHEAD_FIRST
-#define AHEAD_FIRST 0
-#endif
-#ifndef AHEAD_NEXT
-#define AHEAD_NEXT 0
-#endif
 constexpr int DEPTH = 8 / TOKENS;  // row groups whose sums over warps may be open at a time
 
 // Matrices with the same columns, one behind the other in the result. Bits 2 i and 2 i + 1 of kinds tell how matrix i lies.
@@ -476,20 +468,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
         asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
     };
-    auto cache_ahead = [&](int count) {
-#if LISTED
-        const int rest = listed - ahead;
-        read_ahead(list + ahead, min(count, rest), lane);
-#else
-        Ahead at = ahead;
-        for (int i = 0; i < count && settle(fixed, at); i++, at.kb += WARPS) {
-            const TileAt tile = tile_at(fixed, at);
-            read_ahead(phases[at.phase], tile.part, tile.group, tile.kb, lane);
-        }
-#endif
-    };
     for (int s = 0; s < NSTAGES; s++) fill(s);
-    if (AHEAD_FIRST) cache_ahead(AHEAD_FIRST);
 
     // The count of steps was there before the step's first kernel.
     const int set = (*(volatile const int*)steps * (launches % 3) + launch) % 3, stale = (set + 2) % 3;
@@ -569,7 +548,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 }
             }
         }
-        if (AHEAD_NEXT && phase != NEXT) cache_ahead(AHEAD_NEXT);
         __syncthreads();  // the activations are not needed any more
         if (RELAY && phase == NEXT) clear((uint4*)(fixed.mailbox + ((post + 2) % 4 - post) * (int)(2 * MAIL)), 2 * MAIL / 4, NOTHING);
         if (phase == NEXT && blockIdx.x == 0) {

@@ -125,8 +125,7 @@ class Places:
 class LayerKernel:
     """For one number of tokens; all launches of a step share its places, and follow one another on one stream.
 
-    inner: columns of the down projection. ahead: tiles of a warp that the L2 cache reads ahead, while the kernel before
-    runs and from one product to the next. warps, overlap: other than what the device is best served with; without
+    inner: columns of the down projection. warps, overlap: other than what the device is best served with; without
     overlap the copies of weights are those of GPUs before compute capability 9.0.
     """
 
@@ -140,7 +139,6 @@ class LayerKernel:
         rank: int,
         places: Places,
         inner: int,
-        ahead: tuple[int, int] = (0, 0),
         warps: int | None = None,
         overlap: bool | None = None,
     ) -> None:
@@ -167,8 +165,6 @@ class LayerKernel:
             defines["NO_BULK"] = 1
         if places.relay:
             defines["RELAY"] = "true"
-        if any(ahead):
-            defines |= {"AHEAD_FIRST": ahead[0], "AHEAD_NEXT": ahead[1]}
         self._kernel = Program(shape.lie.sources, defines, tiles.device).kernel("layer")
 
     def run(

@@ -62,19 +62,6 @@ __device__ __forceinline__ void fill_stage(u8* stage, const Phase& p, int part, 
 #endif
 }
 
-// Lets the L2 cache read ahead: a tile.
-template <class Phase>
-__device__ __forceinline__ void read_ahead(const Phase& p, int part, int group, int kb, int lane) {
-    const Extent tile(p, part, group, kb);
-    if (lane >= tile.rows) return;
-    const u8* source = tile.source + lane * tile.pitch;
-#if HAS_BULK
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(tile.bytes) : "memory");
-#elif HAS_ASYNC
-    for (int at = 0; at < tile.bytes; at += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(source + at) : "memory");
-#endif
-}
-
 template <class Phase>
 __device__ __forceinline__ int kind_of(const Phase&, int) { return 0; }
 

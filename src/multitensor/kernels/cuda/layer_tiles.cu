@@ -48,21 +48,6 @@ __device__ __forceinline__ void fill_stage(u8* stage, u64 tile, u64* bar, int la
 #endif
 }
 
-// Lets the L2 cache read ahead: `count` tiles of a warp's list, at most 32.
-__device__ __forceinline__ void read_ahead(const u64* list, int count, int lane) {
-#if HAS_BULK
-    if (lane < count) {
-        const u64 tile = list[lane];
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"((const u8*)(tile & ~3ull)), "r"(tile_bytes((int)tile & 3)) : "memory");
-    }
-#elif HAS_ASYNC
-    for (int i = 0; i < count; i++) {
-        const u8* tile = (const u8*)(list[i] & ~3ull);
-        if (lane * 128 < tile_bytes((int)list[i] & 3)) asm volatile("prefetch.global.L2 [%0];" ::"l"(tile + lane * 128) : "memory");
-    }
-#endif
-}
-
 // Super-blocks of 256 columns of an input.
 __device__ __forceinline__ int super_blocks(int n_kb, int) { return n_kb; }
 
