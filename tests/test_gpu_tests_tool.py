@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,30 @@ def test_a_test_is_run_or_told_as_not_run(limit: str, left_out: bool, tmp_path: 
     assert ("not run" in counts) == left_out
     assert run.returncode == left_out, run.stdout + run.stderr
     assert told["failures"] == []
+
+
+def test_files_that_cannot_be_collected_are_told_and_the_others_run(tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tests").mkdir()
+    tool = shutil.copy(TOOL, tmp_path / "tools")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: one\n    gpu2: two\n")
+    for name, text in {
+        "lender.py": "import pytest\nMARKS = [pytest.mark.gpu]\n",
+        "test_lent.py": "from lender import MARKS\npytestmark = MARKS\ndef test_it(): pass\n",
+        "test_marked.py": "import pytest\n@pytest.mark.gpu\ndef test_it(): pass\n",
+        "test_broken.py": "import pytest, no_such_module\n@pytest.mark.gpu\ndef test_it(): pass\n",
+        "test_other.py": "raise SystemExit('not a file for GPUs')\n",
+    }.items():
+        (tmp_path / "tests" / name).write_text(text)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    command = [sys.executable, str(tool), "--json", "result.json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert told["files"] == {"tests/test_lent.py": {"passed": 1}, "tests/test_marked.py": {"passed": 1}}
+    (line,) = [line for line in run.stderr.splitlines() if line.startswith("not collected: ")]
+    assert "tests/test_broken.py" in line and "no_such_module" in line
+    assert [line] == [f"not collected: {line}" for line in told["not collected"]]
+    assert run.returncode == 1 and told["failures"] == []
 
 
 def test_without_gpus_it_says_so(tmp_path: Path) -> None:

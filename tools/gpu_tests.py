@@ -5,7 +5,8 @@ their time, and it takes one core. Whoever has lent a machine for minutes learns
     python tools/gpu_tests.py -k "layer or peer" --limit 240 --logs logs --json result.json
 
 Tests of one GPU run --per-gpu at a time on each; those of two, --pairs at a time over all. What is not over when
---limit seconds have passed is ended, and told as not run. Exit status 1 if a test failed, or anything was not run.
+--limit seconds have passed is ended, and told as not run. Files that cannot be collected here (for want of a
+package, say) are told, and the others run. Exit status 1 if a test failed, or anything was not collected or not run.
 """
 
 from __future__ import annotations
@@ -37,17 +38,54 @@ class Batch:
     ended: str = ""  # why, if not by itself
 
 
-def collect(marker: str, keyword: str, size: int) -> list[Batch]:
-    """Every function's tests in batches of at most `size`. Raises SystemExit where they cannot be collected."""
-    command = [*_PYTEST, "--collect-only", "-q", "-m", marker, *(["-k", keyword] if keyword else []), "tests"]
+def marked_files(marker: str, folder: Path = ROOT / "tests") -> list[str]:
+    """Test files that mention the marker, or import a module of the tests that does; relative to the root."""
+    texts = {path: path.read_text() for path in sorted(folder.rglob("*.py"))}
+    wanted = rf"\bmark\.{marker}\b"
+    lenders = [path.stem for path, text in texts.items() if not _is_test(path) and re.search(wanted, text)]
+    for name in lenders:
+        wanted += rf"|^(?:from|import) {name}\b"
+    pattern = re.compile(wanted, re.MULTILINE)
+    return [str(path.relative_to(ROOT)) for path, text in texts.items() if _is_test(path) and pattern.search(text)]
+
+
+def _is_test(path: Path) -> bool:
+    return path.name.startswith("test_")
+
+
+def collect(marker: str, keyword: str, size: int) -> tuple[list[Batch], list[str]]:
+    """(Every function's tests in batches of at most `size`, what could not be collected and why, a line each)."""
+    files = marked_files(marker)
+    if not files:
+        return [], []
+    command = [*_PYTEST, "--collect-only", "-q", "--continue-on-collection-errors", "-m", marker]
+    command += [*(["-k", keyword] if keyword else []), *files]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode not in (0, 5):  # 5: none was found
-        raise SystemExit(f"the tests cannot be collected:\n{result.stdout[-3000:]}{result.stderr[-1000:]}")
+    lines = result.stdout.splitlines()
+    broken = [f"{name}: {why}" for name, why in _errors(lines).items()]
+    if result.returncode not in (0, 5) and not broken:  # 5: none was found
+        broken = [f"tests marked {marker}: {' '.join((result.stdout + result.stderr).split())[-1000:]}"]
     functions: dict[str, list[str]] = defaultdict(list)
-    for line in result.stdout.splitlines():
-        if "::" in line:
+    for line in lines:
+        if "::" in line and not line.startswith("ERROR "):
             functions[line.partition("[")[0]].append(line)
-    return [Batch(tests[at : at + size], 0) for tests in functions.values() for at in range(0, len(tests), size)]
+    batches = [Batch(tests[at : at + size], 0) for tests in functions.values() for at in range(0, len(tests), size)]
+    return batches, broken
+
+
+def _errors(lines: list[str]) -> dict[str, str]:
+    """By file that could not be collected: the last line of its error."""
+    found: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        if match := re.match(r"_+ ERROR collecting (\S+) _+$", line):
+            name = match.group(1)
+            found[name] = "no reason was given"
+        elif name and line.startswith("E   "):
+            found[name] = line[4:].strip()
+        elif line.startswith("="):
+            name = ""
+    return found
 
 
 async def run(batch: Batch, devices: str, deadline: float, logs: Path) -> None:
@@ -121,8 +159,11 @@ def main() -> None:
         raise SystemExit("there is no CUDA device here")
     options.logs = options.logs.absolute()
     options.logs.mkdir(parents=True, exist_ok=True)
-    ones = collect("gpu", options.keyword, options.size)
-    twos = collect("gpu2", options.keyword, options.size) if len(gpus) > 1 else []
+    ones, broken = collect("gpu", options.keyword, options.size)
+    twos, more = collect("gpu2", options.keyword, options.size) if len(gpus) > 1 else ([], [])
+    broken += [line for line in more if line not in broken]
+    for line in broken:
+        print(f"not collected: {line}", file=sys.stderr, flush=True)
     for number, batch in enumerate([*ones, *twos]):
         batch.number = number
     asyncio.run(run_all(ones, twos, gpus, options))
@@ -133,8 +174,8 @@ def main() -> None:
     failures = sorted(t for b in batches for t, outcome in b.outcomes.items() if outcome in ("FAILED", "ERROR"))
     print(*(f"FAILED {test}" for test in failures), sep="\n")
     if options.json:
-        options.json.write_text(json.dumps({"files": files, "failures": failures}, indent=1))
-    sys.exit(any(set(counts) & {"failed", "error", "not run"} for counts in files.values()))
+        options.json.write_text(json.dumps({"files": files, "failures": failures, "not collected": broken}, indent=1))
+    sys.exit(bool(broken) or any(set(counts) & {"failed", "error", "not run"} for counts in files.values()))
 
 
 if __name__ == "__main__":
