@@ -105,7 +105,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> None:
@@ -116,7 +116,7 @@ def test_a_layer(kernels: Any, name: str, dtype: torch.dtype, tokens: int) -> No
 
 @pytest.mark.parametrize("warps", [6, 8, 12])
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: int) -> None:
     """With fewer warps, and with the copies of GPUs before compute capability 9.0."""
     types, hidden, heads, ffn, more = CASES["cut inside super-blocks, post norms"]
@@ -125,7 +125,7 @@ def test_as_smaller_gpus_do_it(kernels: Any, tokens: int, overlap: bool, warps: 
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize(("columns", "warps"), [(256, 8), (256, 4), (128, 8), (128, 6), (64, 8), (64, 4)])
 def test_float_rows_in_every_shape(kernels: Any, columns: int, warps: int, tokens: int, overlap: bool) -> None:
     types, hidden, heads, ffn, more = CASES["bfloat16, odd sizes"]

@@ -56,10 +56,12 @@ class Case:
 CASES = {
     "two types": Case(("Q4_K", "Q6_K"), torch.float16, post=True),
     "two ranks, two tokens": Case(("Q4_K", "Q4_K"), torch.bfloat16, ranks=2, tokens=2, logits=True, blocks=3),
-    "four tokens": Case(("Q4_K", "Q6_K"), torch.float16, ranks=2, tokens=4, bias=True, post=True, hidden=544, steps=4),
-    "three tokens, mail": Case(("Q5_0", "Q8_0"), torch.float16, ranks=2, relay=True, tokens=3, gelu=True, steps=4),
-    "bfloat16, four tokens": Case(("BF16", "BF16"), torch.bfloat16, tile=256, tokens=4, logits=True, post=True),
-    "float16, three tokens": Case(("F16", "F16"), torch.float16, tile=128, tokens=3, hidden=544, warps=3, steps=4),
+    "wider, biases": Case(
+        ("Q4_K", "Q6_K"), torch.float16, ranks=2, tokens=2, bias=True, post=True, hidden=544, steps=4
+    ),
+    "two tokens, mail, gelu": Case(("Q5_0", "Q8_0"), torch.float16, ranks=2, relay=True, tokens=2, gelu=True, steps=4),
+    "bfloat16, logits": Case(("BF16", "BF16"), torch.bfloat16, tile=256, tokens=2, logits=True, post=True),
+    "float16, wider": Case(("F16", "F16"), torch.float16, tile=128, tokens=2, hidden=544, warps=3, steps=4),
     "three types": Case(("Q4_K", "Q5_K", "Q6_K"), torch.float16, ranks=2),
     "four types": Case(("Q3_K", "IQ4_XS", "MXFP4", "Q2_K"), torch.bfloat16, tokens=2, post=True, bias=True),
     "inside super-blocks": Case(("Q8_0", "Q4_1"), torch.float16, start=32, bias=True, gelu=True, warps=3),

@@ -10,6 +10,7 @@ from multitensor.config import HOST_RELAY
 from multitensor.kernels.cuda.cuda_kernels import CudaKernels, joined_biases
 from multitensor.kernels.cuda.layer import (
     MAX_HIDDEN,
+    MAX_TOKENS,
     LayerKernel,
     LayerPhases,
     LayerShape,
@@ -52,9 +53,9 @@ class FusedLayers:
         tried: as EngineConfig has it."""
         hidden = plan.spec.hidden_size
         tiles = kernels.tile_kernels
-        small = hidden <= MAX_HIDDEN and hidden % 8 == 0
+        small = tokens <= MAX_TOKENS and hidden <= MAX_HIDDEN and hidden % 8 == 0
         weights = _weights(decoder, plan, rank) if small else []
-        ways = [lie for lie in ways_to_lie(weights) if tokens <= lie.most_tokens]
+        ways = ways_to_lie(weights)
         phases = _phases(decoder) if ways else []
         shape = _fitting(phases, tokens, tiles.blocks, tiles.shared_limit, ways)
         if not all(group.gather_objects(shape is not None)):

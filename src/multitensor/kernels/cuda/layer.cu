@@ -1,4 +1,4 @@
-// What a decode step does from one attention to the next, for one to four tokens, as one launch. Follows gemv.cu, whose
+// What a decode step does from one attention to the next, for one or two tokens, as one launch. Follows gemv.cu, whose
 // tiles, ring and activations it uses.
 //
 //   OUTPUT  attention's result times the output projection: this rank's part of a sum over ranks
@@ -358,12 +358,13 @@ __device__ __forceinline__ bool add_up(Fixed& fixed, float* partial, const Part 
     return __shfl_sync(0xffffffff, last, 0) != 0;
 }
 
-// By one warp: adds up 16 rows of tokens `first` and the next in warp order, and stores them where their readers look.
-__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Job& at, int phase, int number, int first,
+// By one warp: adds up 16 rows of all tokens in warp order, and stores them where their readers look.
+__device__ __forceinline__ void finish_rows(Fixed& fixed, const float* partial, const Phase& p, const Job& at, int phase, int number,
                                             unsigned short* inner, void* out, int float_out, int gelu, int rank) {
-    const int lane = threadIdx.x & 31, n = first + (lane >> 4), row = at.group * ROWS + (lane & 15);
+    static_assert(TOKENS * ROWS <= 32, "a lane adds up one row of one token");
+    const int lane = threadIdx.x & 31, n = lane >> 4, row = at.group * ROWS + (lane & 15);
     if (n >= TOKENS) return;
-    const float* from = partial + (size_t)(number % DEPTH) * WARPS * 2 * TOKENS * ROWS + first * ROWS + lane;
+    const float* from = partial + (size_t)(number % DEPTH) * WARPS * 2 * TOKENS * ROWS + lane;
     float sum = 0.f, up = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += from[w * 2 * TOKENS * ROWS];
@@ -537,9 +538,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                 mine[part] = part_of(sums, lane);
             }
             if (add_up(fixed, partial, mine, job_number)) {
-#pragma unroll
-                for (int first = 0; first < TOKENS; first += 2)
-                    finish_rows(fixed, partial, p, job, phase, job_number, first, my_inner, out, float_out, gelu, rank);
+                finish_rows(fixed, partial, p, job, phase, job_number, my_inner, out, float_out, gelu, rank);
                 __syncwarp();
                 if (lane == 0) {
                     fixed.arrived[job_number % DEPTH] = 0;

@@ -13,7 +13,7 @@ from multitensor.kernels.cuda.program import Program, launch
 from multitensor.kernels.cuda.tiles import COLUMNS, ROWS
 from multitensor.kernels.quant_tensor import QuantTensor
 
-MAX_TOKENS = 4
+MAX_TOKENS = 2  # more are faster in kernels of their own (docs/perf-log.md)
 MAX_HIDDEN = 16384
 STAGES = 2  # of a warp's ring. Measured: with more copies under way the numbers that are waited for come later
 _FIXED_BYTES = 640  # struct Fixed of layer.cu, for up to 16 ranks

@@ -26,8 +26,6 @@ class LayerWeights(ABC):
     sources: tuple[str, ...]
     listed: bool
     """Whether the kernel keeps eight bytes of shared memory a tile."""
-    most_tokens: int
-    """Of a launch that is faster than kernels of their own (docs/perf-log.md)."""
 
     @property
     @abstractmethod
@@ -66,7 +64,6 @@ class Tiles(LayerWeights):
 
     types: tuple[str, ...]
     listed = True
-    most_tokens = 2
     sources = ("gemv.cu", "layer_tiles.cu", "layer.cu")
 
     @property
@@ -102,7 +99,6 @@ class FloatRows(LayerWeights):
     dtype: torch.dtype
     columns: int
     listed = False
-    most_tokens = 2
     sources = ("gemv.cu", "layer_rows.cu", "layer.cu")
 
     @property
