@@ -133,7 +133,7 @@ class EngineConfig:
     p2p: whether GPUs may use each other's memory. None: where a probe finds that it works; True: it has to work; False:
     never, nor may NCCL.
     overlap: steps of many tokens are cut in two, so that sums over GPUs travel while products are computed.
-    experimental: names of EXPERIMENTS, faster ways that have not run on a GPU yet, to be tried.
+    experimental: names of EXPERIMENTS, ways that may be faster and have not run on several GPUs yet, to be tried.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""Ways that have not run on a GPU yet are tried only by name."""
+"""Ways that have not run on several GPUs yet are tried only by name."""
 
 from __future__ import annotations
 

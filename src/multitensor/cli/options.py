@@ -70,7 +70,7 @@ Experimental = Annotated[
     str,
     typer.Option(
         metavar="NAMES",
-        help="Faster ways that have not run on a GPU yet, to be tried, by comma: "
+        help="Ways that may be faster and have not run on several GPUs yet, to be tried, by comma: "
         + ", ".join(EXPERIMENTS)
         + ". Any other name tells what each does.",
         show_default=False,

@@ -61,7 +61,7 @@ class LLM:
     max_batch_tokens: of prompts in one step, at most; default 2048 on GPUs, 512 on CPUs. A prompt alone takes them all;
         beside texts being written it takes the default at most, so that these do not wait.
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
-    experimental: names of config.EXPERIMENTS, ways that have not run on a GPU yet.
+    experimental: names of config.EXPERIMENTS, ways that have not run on several GPUs yet.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """

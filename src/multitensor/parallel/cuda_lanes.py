@@ -1,4 +1,4 @@
-"""Lanes of large sums (large_sums.py) as streams of a GPU. Not yet run on a GPU."""
+"""Lanes of large sums (large_sums.py) as streams of a GPU. Has run for ranks that share one GPU, not yet for two."""
 
 from __future__ import annotations
 

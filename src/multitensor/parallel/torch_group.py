@@ -190,7 +190,7 @@ class TorchGroup(Group):
         post_norm_weight: torch.Tensor | None = None,
     ) -> Reduction:
         """Large sums travel on a stream of their own, whose few blocks go before those of the products beside them. The
-        host waits for nothing: the streams wait for each other's events. Not yet run on a GPU."""
+        host waits for nothing: the streams wait for each other's events. Not yet run on two GPUs."""
         partial = partial.contiguous()
         if not self.overlaps or self._peers_for(partial, residual) is not None:
             return super().start_reduce_add_norm(partial, residual, norm_weight, eps, post_norm_weight)

@@ -1,5 +1,5 @@
 // What is computed of a chunk of a large sum (parallel/large_sums.py): written for the wire, added in rank order, read again.
-// Behind decode.cu, whose loads and stores it uses. Not yet run on a GPU.
+// Behind decode.cu, whose loads and stores it uses. Has run for ranks that share one GPU, not yet for two.
 //
 // A row has `length` numbers, a multiple of 32. Written exactly it is those numbers, as X_KIND; with EIGHT_BITS it is a signed byte for
 // each, and behind them a float32 scale for every 32, of which eight neighbouring lanes hold four each. Products and sums are

@@ -1,5 +1,5 @@
 // Flags in memory that several GPUs and processes see: counters that only grow, modulo 2^32. Launches of one thread or one
-// warp, between copies on the same streams. Not yet run on a GPU.
+// warp, between copies on the same streams. Has run for ranks that share one GPU, not yet for two.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -26,7 +26,7 @@
 //    these each has told that its turn k - 1 is over, reading included. The gather cannot say so, for a block may need no other
 //    rank's words. It has four sets, and clears that of turn k - 2, which all ranks have read, or our turn k - 1 were not over;
 //  - a cleared place is read in turn k + 2, which a peer begins with our words of turn k + 1, sent when this kernel is over.
-// The mailbox way has not yet run on a GPU; `limit_ms` below 0 makes who waits in vain give up after -limit_ms, and count that
+// The mailbox way has run for ranks that share one GPU, not yet for two; `limit_ms` below 0 makes who waits in vain give up after -limit_ms, and count that
 // behind the turns: for a trial that must not end the process.
 //
 // Sections: the reduction where ROW is defined (RANKS, ROW, PARTS, NTHREADS, MAX_TOKENS, X_KIND, PARTIAL_KIND), else the gather.

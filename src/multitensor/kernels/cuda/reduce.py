@@ -3,7 +3,7 @@
 Made to be captured in CUDA graphs, as decode.py's kernels are. All ranks make the same calls in the same order on one
 stream each; which of its sets a call uses is counted on the device. See reduce.cu.
 
-mailbox: the memory is the host's, see parallel/host_memory.py. Not yet run on a GPU.
+mailbox: the memory is the host's, see parallel/host_memory.py. Has run for ranks that share one GPU, not yet for two.
 """
 
 from __future__ import annotations
