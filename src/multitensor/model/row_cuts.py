@@ -1,8 +1,8 @@
 """Where the rows of a step are cut in two: the sums over ranks of one half travel while the other half is multiplied.
 
-What it costs: each product in two halves, so smaller ones, and twice the launches; what it hides: the time of two sums
-a layer, or nearly. So it takes many tokens. Not yet run on two GPUs: it has to be asked for, and the number of tokens from
-which it is done is a guess.
+What it costs: each product in two halves, so smaller ones, and twice the launches; what it hides: the time of two
+sums a layer, or nearly. So it takes many tokens. Not yet run on two GPUs: it has to be asked for, and the number of
+tokens from which it is done is a guess.
 """
 
 from __future__ import annotations

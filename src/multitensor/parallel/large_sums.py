@@ -12,8 +12,8 @@ in rank order in float32, and all ranks hold the same bits.
 Work is handed to the lanes in an order in which it could also be done one thing after another (tests do so): nobody can
 then wait for what nobody will do, whichever of the lanes the device lets run at the same time.
 
-Run for ranks that share one GPU, not yet for two: used only where results were right and faster than NCCL's when the ranks started, see
-large_choice.py.
+Run for ranks that share one GPU, not yet for two: used only where results were right and faster than NCCL's when the
+ranks started, see large_choice.py.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Which way a small sum over GPU ranks takes, decided by timing both when the ranks start.
 
-NCCL moves the sum and a second kernel adds and normalises; over peer memory, or through mailboxes in the host's memory
-where GPUs do not reach each other's, one launch does everything (kernels/cuda/reduce.cu), where few tokens make the
-traffic small. Neither is always the faster. Mailboxes have run for ranks that share one GPU, not yet for two: they are used only when their sums
-have also come out right, bit for bit, on these GPUs.
+NCCL moves the sum and a second kernel adds and normalises; over peer memory, or through mailboxes in the host's
+memory where GPUs do not reach each other's, one launch does everything (kernels/cuda/reduce.cu), where few tokens
+make the traffic small. Neither is always the faster. Mailboxes have run for ranks that share one GPU, not yet for
+two: they are used only when their sums have also come out right, bit for bit, on these GPUs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What is computed of the chunks of large sums, a launch each: chunks.cu. Has run for ranks that share one GPU, not yet for two.
+"""What is computed of the chunks of large sums, a launch each: chunks.cu.
+
+Has run for ranks that share one GPU, not yet for two.
 
 Wires, see parallel/wire.py: "exact", in the numbers' own type; "q8", 8-bit integers with a scale for every GROUP.
 """
