@@ -1,5 +1,5 @@
-"""Counters that several GPUs see, raised and awaited in streams: flags.cu. Has run for ranks that share one GPU, not yet
-for two."""
+"""Counters that several GPUs see, raised and awaited in streams: flags.cu. Has run for ranks that share one
+GPU, not yet for two."""
 
 from __future__ import annotations
 
