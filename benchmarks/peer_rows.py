@@ -75,8 +75,9 @@ class Row:
     p2p: bool = True
 
 
-def _row(model: str, test: str, ranks: int, required: str, aim: str, kv: str = "", p2p: bool = True) -> Row:
-    return Row(model, parse_test(test), ranks, Goal.parse(required), Goal.parse(aim), kv, p2p)
+def _row(model: str, test: str, ranks: int, required: str = "", aim: str = "", kv: str = "", p2p: bool = True) -> Row:
+    required_goal, aim_goal = (Goal.parse(text) if text else None for text in (required, aim))
+    return Row(model, parse_test(test), ranks, required_goal, aim_goal, kv, p2p)
 
 
 _70B, _8B, _8B_BF16 = "llama3-70b-q4_k_m", "llama3-8b-q4_k_m", "llama3-8b-bf16"
@@ -107,6 +108,22 @@ PRESETS: dict[str, tuple[Row, ...]] = {
         _row(_8B_BF16, "prefill:4096", 2, "52000 tok/s", "64430 tok/s"),
         _row(_8B_BF16, "decode:32", 1, "5000 tok/s", "5541 tok/s"),
         _row(_8B_BF16, "decode:32", 2, "7000 tok/s", "7525 tok/s"),
+    ),
+    "one_gpu": (  # what of the above one GPU can show, and the rest of it without a goal
+        _row(_70B, "decode:1", 1, "1.6 x", "1.9 x"),
+        _row(_70B, "prefill:4096", 1, "3 x", "5300 tok/s"),
+        _row(_70B, "decode:4", 1),
+        _row(_70B, "decode:16", 1),
+        _row(_70B, "decode:32", 1),
+        _row(_70B, "decode:1@32768", 1, kv="q8"),
+        _row(_8B, "decode:1", 1, "1.8 x", "2.3 x"),
+        _row(_8B, "prefill:512", 1, "2 x", "20000 tok/s"),
+        _row(_8B, "prefill:4096", 1, "2.5 x", "38000 tok/s"),
+        _row(_8B, "decode:4", 1),
+        _row(_8B, "decode:32", 1),
+        _row(_8B_BF16, "decode:1", 1, "235 tok/s", "250 tok/s"),
+        _row(_8B_BF16, "prefill:4096", 1, "32000 tok/s", "39451 tok/s"),
+        _row(_8B_BF16, "decode:32", 1, "5000 tok/s", "5541 tok/s"),
     ),
 }
 
