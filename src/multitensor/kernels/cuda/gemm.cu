@@ -444,20 +444,33 @@ __device__ __forceinline__ bool joined(float (&y)[MT][NT][4], float4* workspace,
     }
     __syncthreads();
     if (!*flag) return false;
-    for (int block = first; block <= last; block++) {
-        const float4* part = place_of(block);
+    constexpr int AT_ONCE = MT * NT <= 4 ? 4 : 1;  // parts whose loads are under way together
+    for (int next = first; next <= last; next += AT_ONCE) {
+        float4 v[AT_ONCE][MT][NT];
 #pragma unroll
-        for (int m = 0; m < MT; m++)
+        for (int u = 0; u < AT_ONCE; u++) {
+            const float4* part = place_of(min(next + u, last));
 #pragma unroll
-            for (int n = 0; n < NT; n++) {
-                const float4 v = __ldcg(part + (m * NT + n) * 32);
-                float(&to)[4] = y[m][n];
-                const bool start = block == first;
-                to[0] = start ? v.x : to[0] + v.x;
-                to[1] = start ? v.y : to[1] + v.y;
-                to[2] = start ? v.z : to[2] + v.z;
-                to[3] = start ? v.w : to[3] + v.w;
-            }
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int n = 0; n < NT; n++) v[u][m][n] = __ldcg(part + (m * NT + n) * 32);
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (next + u > last) break;
+            const bool start = next + u == first;
+#pragma unroll
+            for (int m = 0; m < MT; m++)
+#pragma unroll
+                for (int n = 0; n < NT; n++) {
+                    float(&to)[4] = y[m][n];
+                    const float4& part = v[u][m][n];
+                    to[0] = start ? part.x : to[0] + part.x;
+                    to[1] = start ? part.y : to[1] + part.y;
+                    to[2] = start ? part.z : to[2] + part.z;
+                    to[3] = start ? part.w : to[3] + part.w;
+                }
+        }
     }
     return true;
 }

@@ -155,10 +155,9 @@ class SmallBatchKernels:
 
 
 def _shapes(shared: int) -> dict[int, Shape]:
-    """With many tokens a warp takes two row groups, so that it reads a token's numbers half as often."""
-    if shared < _LARGE_SHARED:
-        return dict.fromkeys(TOKEN_TILES, Shape(8, 1))
-    return {tiles: Shape(16, 1) if tiles <= 2 else Shape(8, 2) for tiles in TOKEN_TILES}
+    """Where shared memory allows it a warp takes two row groups: it reads a token's numbers half as often, and has two
+    chains of products under way (docs/perf-log.md)."""
+    return dict.fromkeys(TOKEN_TILES, Shape(8, 1) if shared < _LARGE_SHARED else Shape(8, 2))
 
 
 def token_tiles(tokens: int) -> int:
