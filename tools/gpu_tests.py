@@ -16,6 +16,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _RESULT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
+_LAST_WORDS = 5.0  # seconds
 _PYTEST = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "--strict-markers"]
 
 
@@ -88,6 +90,16 @@ def _errors(lines: list[str]) -> dict[str, str]:
     return found
 
 
+async def end(process: asyncio.subprocess.Process) -> None:
+    """With a moment in which pytest tells why tests failed so far, and ends what the test under way has started."""
+    process.send_signal(signal.SIGINT)
+    try:
+        await asyncio.wait_for(process.wait(), _LAST_WORDS)
+    except TimeoutError:
+        process.kill()
+        await process.wait()
+
+
 async def run(batch: Batch, devices: str, deadline: float, logs: Path) -> None:
     left = deadline - time.monotonic()
     if left < 1:
@@ -95,14 +107,13 @@ async def run(batch: Batch, devices: str, deadline: float, logs: Path) -> None:
         return
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": devices, "PYTHONUNBUFFERED": "1"}
     with (logs / f"{batch.number:03}.log").open("wb") as log:
-        command = [*_PYTEST, "-v", "-rfE", "--tb=short", "-o", f"timeout={max(int(left), 1)}", *batch.tests]
+        command = [*_PYTEST, "-v", "-rfE", "--tb=short", "-o", f"timeout={int(left) + 60}", *batch.tests]
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
             await asyncio.wait_for(process.wait(), left)
         except TimeoutError:
             batch.ended = "the time was over"
-            process.kill()
-            await process.wait()
+            await end(process)
     for line in (logs / f"{batch.number:03}.log").read_text(errors="replace").splitlines():
         if match := _RESULT.match(line):
             batch.outcomes[match.group(1)] = match.group(2)

@@ -2,37 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_processes import answers, write_two_layers
 
 from multitensor import LLM, SamplingParams
-from synthetic import write_gguf
 
-RANKS = Path(__file__).parent / "host_sum_ranks.py"
-SECONDS = 150
-
-
-def answers(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
-    """What each of these ranks, started together, prints at its end."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(RANKS), *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for command in commands
-    ]
-    try:
-        ended = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors[-2000:]
-    return [json.loads(printed.strip().splitlines()[-1]) for printed, _ in ended]
+RANKS = "host_sum_ranks.py"
 
 
 @pytest.mark.gpu
@@ -40,7 +18,7 @@ def answers(*commands: tuple[object, ...]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("wire", ["exact", "q8"])
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_ranks_on_one_gpu(size: int, wire: str, maths: str) -> None:
-    (report,) = answers(("together", size, wire, maths))
+    (report,) = answers(RANKS, ("together", size, wire, maths))
     assert not report["wrong"], report["wrong"][:10]
 
 
@@ -48,7 +26,7 @@ def test_ranks_on_one_gpu(size: int, wire: str, maths: str) -> None:
 @pytest.mark.parametrize("wire", ["exact", "q8"])
 def test_two_gpus(tmp_path: Path, wire: str) -> None:
     """The group's own trial and times, then sums of all types and sizes beside products."""
-    reports = answers(*(("rank", rank, 2, tmp_path / "store", wire) for rank in range(2)))
+    reports = answers(RANKS, *(("rank", rank, 2, tmp_path / "store", wire) for rank in range(2)))
     for report in reports:
         print({key: report[key] for key in ("seconds", "why", "reductions")})
         assert not report["wrong"], report["wrong"][:10]
@@ -59,24 +37,14 @@ def test_two_gpus(tmp_path: Path, wire: str) -> None:
 
 @pytest.mark.gpu2
 def test_a_rank_that_is_gone_is_an_error_and_no_hang(tmp_path: Path) -> None:
-    first, last = answers(*(("dies", rank, 2, tmp_path / "store") for rank in range(2)))
+    first, last = answers(RANKS, *(("dies", rank, 2, tmp_path / "store") for rank in range(2)))
     assert last["error"] == "left"
     assert first["error"] is not None and 0.5 < first["seconds"] < 60, first
 
 
 @pytest.mark.gpu2
 def test_a_long_prompt_is_the_same_without_peer_memory(tmp_path: Path) -> None:
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        hidden=1024,
-        ffn=1536,
-        n_layers=2,
-        n_heads=16,
-        n_kv_heads=4,
-        head_dim=64,
-        vocab=1024,
-        types="Q8_0",
-    )
+    path = write_two_layers(tmp_path)
     prompt = [(7 * i * i + 3 * i) % 1000 for i in range(3000)]
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     found = {}

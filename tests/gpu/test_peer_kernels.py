@@ -3,35 +3,14 @@ own: a kernel whose peer does not come ends its process."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from rank_processes import answers, write_two_layers
 
 from multitensor import LLM, InputError, SamplingParams
-from synthetic import write_gguf
 
-RANKS = Path(__file__).parent / "peer_ranks.py"
-SECONDS = 150
-
-
-def start(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, str(RANKS), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    try:
-        ended = [process.communicate(timeout=SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, (_, errors) in zip(processes, ended, strict=True):
-        assert process.returncode == 0, errors[-2000:]
-    return [json.loads(printed.strip().splitlines()[-1]) for printed, _ in ended]
+RANKS = "peer_ranks.py"
 
 
 @pytest.mark.gpu
@@ -39,20 +18,20 @@ def answers(processes: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_ranks_on_one_gpu(size: int, mailbox: tuple[str, ...]) -> None:
     """600 launches in a row and 40 replays of 8, rows of 576 and 8192, ranks late by turns."""
-    (report,) = answers([start("together", size, *mailbox)])
+    (report,) = answers(RANKS, ("together", size, *mailbox))
     print(report["errors"])
     assert not report["wrong"], report["wrong"][:10]
 
 
 @pytest.mark.gpu
 def test_a_peer_that_never_comes_is_an_error_and_no_hang() -> None:
-    (report,) = answers([start("alone")])
+    (report,) = answers(RANKS, ("alone",))
     assert report["error"] is not None and 0.3 < report["seconds"] < 60, report
 
 
 @pytest.mark.gpu
 def test_a_trial_whose_peer_never_comes_gives_up_and_says_so() -> None:
-    (report,) = answers([start("lonely")])
+    (report,) = answers(RANKS, ("lonely",))
     assert report["error"] is None and report["given_up"] > 0 and 0.3 < report["seconds"] < 60, report
 
 
@@ -60,7 +39,7 @@ def test_a_trial_whose_peer_never_comes_gives_up_and_says_so() -> None:
 @pytest.mark.parametrize("mailbox", [(), ("mailbox",)], ids=["peer memory", "host memory"])
 def test_two_gpus(tmp_path: Path, mailbox: tuple[str, ...]) -> None:
     """1000 launches of 1 to 64 rows of 8192, 50 replays, the gather of 128255 columns; then the group's own choice."""
-    reports = answers([start("rank", rank, 2, tmp_path / "store", *mailbox) for rank in range(2)])
+    reports = answers(RANKS, *(("rank", rank, 2, tmp_path / "store", *mailbox) for rank in range(2)))
     for report in reports:
         print({key: report.get(key) for key in ("why", "errors", "times", "reductions")})
         if report["why"] is not None and not mailbox:
@@ -72,17 +51,7 @@ def test_two_gpus(tmp_path: Path, mailbox: tuple[str, ...]) -> None:
 
 @pytest.mark.gpu2
 def test_a_model_with_and_without_peer_memory(tmp_path: Path) -> None:
-    path = write_gguf(
-        tmp_path / "model.gguf",
-        hidden=1024,
-        ffn=1536,
-        n_layers=2,
-        n_heads=16,
-        n_kv_heads=4,
-        head_dim=64,
-        vocab=1024,
-        types="Q8_0",
-    )
+    path = write_two_layers(tmp_path)
     prompts = [[3, 14, 15, 92, 65], [2, 71, 82], [16, 18, 3]]
     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     found = {}
