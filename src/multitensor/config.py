@@ -134,6 +134,7 @@ class EngineConfig:
     never, nor may NCCL.
     overlap: steps of many tokens are cut in two, so that sums over GPUs travel while products are computed.
     experimental: names of EXPERIMENTS, ways that may be faster and have not run on several GPUs yet, to be tried.
+    step_timeout: seconds after which ranks that do not answer to a step are killed; 0: never.
     """
 
     model: str
@@ -148,3 +149,4 @@ class EngineConfig:
     overlap: bool = False
     experimental: frozenset[str] = frozenset()
     mixed_batch_tokens: int | None = None
+    step_timeout: float = 0.0

@@ -1,4 +1,4 @@
-"""--overlap and --chunk reach the engine from every command that reads long prompts, and from Python."""
+"""--overlap, --chunk and --step-timeout reach the engine from the commands and from Python."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class _Enough(Exception):
 OPTIONS: list[tuple[list[str], str, Any, Any]] = [
     (["--overlap"], "overlap", True, False),
     (["--chunk", "4096"], "max_batch_tokens", 4096, None),
+    (["--step-timeout", "30"], "step_timeout", 30.0, None),
 ]
 
 
@@ -80,6 +81,20 @@ def test_longer_steps_are_for_prompts_alone(chunk: int | None, kind: str, mixed:
 def test_nonsense_is_refused(chunk: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="max_batch_tokens"):
         prepare(write_gguf(tmp_path / "tiny.gguf", types="Q8_0"), devices="cpu:2", max_batch_tokens=chunk)
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "limit"), [("cpu:1", None, 600.0), ("cpu:1", 0, 0.0), ("24GiB", None, 0.0)]
+)
+def test_the_time_of_a_step(devices: str, asked: float | None, limit: float, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "tiny.gguf", types="Q8_0")
+    assert prepare(path, devices=devices, step_timeout=asked, allow_planned_devices=True).config.step_timeout == limit
+
+
+@pytest.mark.parametrize("seconds", ["soon", -1, True, float("nan"), float("inf")])
+def test_nonsense_instead_of_seconds_is_refused(seconds: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="step_timeout"):
+        prepare(write_gguf(tmp_path / "tiny.gguf", types="Q8_0"), devices="cpu:2", step_timeout=seconds)
 
 
 @pytest.mark.processes

@@ -75,6 +75,41 @@ def test_a_killed_rank_is_replaced_and_the_next_answer_is_the_same(smollm2_path:
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
+def test_a_stopped_rank_is_told_within_the_limit_and_replaced(smollm2_path: Path) -> None:
+    opener = engine_opener(smollm2_path, devices="cpu:2", max_model_len=256, dtype="float32", step_timeout=2.0)
+
+    async def main() -> None:
+        engine = AsyncEngine(opener, backoff=0.05)
+        await engine.start()
+        try:
+            ids = engine.tokenizer.encode(PROMPT, bos=True)
+            wanted, _ = await timed(engine, ids, 12)
+            ranks = rank_processes()
+            endless = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+            streams = [engine.generate(ids[: 3 + i], endless) for i in range(6)]
+            for stream in streams:
+                await anext(stream)
+            os.kill(ranks[1].pid, signal.SIGSTOP)
+            stopped = time.perf_counter()
+            late = engine.generate(ids, endless)  # comes while nothing moves
+            for stream in [*streams, late]:
+                with pytest.raises(RankFailed, match=rf"process {ranks[1].pid}, is stopped"):
+                    async for _ in stream:
+                        pass
+            assert 1.9 < time.perf_counter() - stopped < 4.0
+            assert not engine.ready
+            while not engine.ready:
+                await asyncio.sleep(0.05)
+            assert (await timed(engine, ids, 12))[0] == wanted
+            assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+            assert engine.stats().restarts == 1
+        finally:
+            await engine.stop()
+        assert not rank_processes()
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
 def test_the_second_turn_starts_at_once(smollm2_path: Path) -> None:
     opener = engine_opener(smollm2_path, devices="cpu:1", max_model_len=2048)
 

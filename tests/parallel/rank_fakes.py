@@ -57,9 +57,9 @@ def make_plan(size: int, kind: str = "cpu") -> Plan:
     return Plan(spec, ranks, Ratios(even, even, even, even), {}, 64, 64, "f32", 16, 4, 64, "float32")
 
 
-def make_config(behaviour: str = "") -> EngineConfig:
+def make_config(behaviour: str = "", step_timeout: float = 0.0) -> EngineConfig:
     """behaviour: what the fake runner does while loading, in place of a model's path."""
-    return EngineConfig(behaviour, "float32", True, 0, 4, 64, 16)
+    return EngineConfig(behaviour, "float32", True, 0, 4, 64, 16, step_timeout=step_timeout)
 
 
 def make_step(number: int, tokens: int = 4) -> StepInput:
@@ -110,6 +110,9 @@ class FakeRunner:
         self.steps.append(step.step)
         total = self.group.all_reduce(torch.tensor([float(step.token_ids.sum())]))
         return StepOutput(step.step, np.array([int(total[0])], dtype=np.int32))
+
+    def memory(self) -> int:
+        return self.rank
 
     def pid(self) -> int:
         return os.getpid()

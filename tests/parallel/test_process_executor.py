@@ -17,6 +17,7 @@ import psutil
 import pytest
 from rank_fakes import FACTORY, make_config, make_plan, make_step, wait_gone
 
+from multitensor.engine import supervisor
 from multitensor.engine.process_executor import ProcessExecutor
 from multitensor.errors import DoesNotFit, InputError, MultitensorError, RankFailed
 
@@ -143,6 +144,51 @@ def test_a_failure_while_loading_keeps_its_type(
     with pytest.raises(kind, match=message) as caught:
         start(executor, size, behaviour)
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(("stopped", "what"), [(1, "a step"), (0, "a step"), (1, "memory")])
+def test_a_stopped_rank_is_told_and_killed(executor: ProcessExecutor, stopped: int, what: str) -> None:
+    """Longer calls than the limit go through meanwhile, and steps that follow each other, each shorter."""
+    executor.start(make_plan(2), make_config(step_timeout=0.8))
+    pids = executor.call("pid")
+    executor.call("sleep", seconds=1.2)
+    for number in range(3):
+        executor.submit(make_step(number))
+        assert executor.collect().step == number
+        time.sleep(0.4)
+    assert executor.call("memory") == [0, 1]
+    os.kill(pids[stopped], signal.SIGSTOP)
+    began = time.monotonic()
+    told = rf"^no answer to {what} within 0.8 s: rank {stopped} \(cpu:{stopped}\), process {pids[stopped]}, is stopped$"
+    with pytest.raises(RankFailed, match=told):
+        if what == "a step":
+            executor.submit(make_step(3))
+            executor.collect()
+        else:
+            executor.call("memory")
+    assert 0.8 < time.monotonic() - began < 2.8
+    with pytest.raises(RankFailed, match="is stopped"):
+        executor.check()
+    assert wait_gone(pids, 2.0) == []
+
+
+def test_a_rank_that_no_kill_ends_does_not_hold_up_the_engine(
+    executor: ProcessExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that hangs in a driver."""
+    monkeypatch.setattr(supervisor, "_KILLED", 0.3)
+    executor.start(make_plan(1), make_config(step_timeout=0.3))
+    (pid,) = executor.call("pid")
+    os.kill(pid, signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess.Popen, "kill", lambda process: None)
+        executor.submit(make_step(0))
+        with pytest.raises(RankFailed, match="is stopped"):
+            executor.collect()
+        began = time.monotonic()
+        executor.close()
+        assert 0.1 < time.monotonic() - began < 2.0
+    os.waitpid(pid, 0)  # the kernel's signal of the supervisor's end reaches this one
 
 
 def test_dropping_the_executor_ends_its_ranks() -> None:

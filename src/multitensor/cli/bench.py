@@ -102,6 +102,7 @@ def command(
     overlap: options.Overlap = False,
     chunk: options.Chunk = None,
     experimental: options.Experimental = "",
+    step_timeout: options.StepTimeout = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure prefill and decode of MODEL, warm, as medians, and how near decoding comes to the memory's speed.
@@ -132,6 +133,7 @@ def command(
                 overlap=overlap,
                 max_batch_tokens=chunk,
                 experimental=options.names(experimental),
+                step_timeout=step_timeout,
                 max_num_seqs=max(batches),
                 # Prompts that begin alike must not look fast; a deep cache, though, is filled once for all repetitions.
                 prefix_cache="shared" if depth else "off",

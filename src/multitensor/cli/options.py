@@ -76,6 +76,17 @@ Experimental = Annotated[
         show_default=False,
     ),
 ]
+StepTimeout = Annotated[
+    float | None,
+    typer.Option(
+        "--step-timeout",
+        metavar="SECONDS",
+        help="Ranks that do not answer to a step for so long are ended, and `serve` starts them again; 0: never. "
+        "Compiling kernels at their first use counts. Default: 120 on GPUs, 600 on CPUs.",
+        min=0,
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 

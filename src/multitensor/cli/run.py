@@ -51,6 +51,7 @@ def command(
     overlap: options.Overlap = False,
     chunk: options.Chunk = None,
     experimental: options.Experimental = "",
+    step_timeout: options.StepTimeout = None,
     temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 takes the likeliest token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest; 0 keeps all.")] = 40,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest that sum to p.")] = 0.95,
@@ -87,6 +88,7 @@ def command(
             overlap=overlap,
             max_batch_tokens=chunk,
             experimental=options.names(experimental),
+            step_timeout=step_timeout,
             seed=seed,
         )
     with llm:

@@ -60,6 +60,7 @@ def command(
     overlap: options.Overlap = False,
     chunk: options.Chunk = None,
     experimental: options.Experimental = "",
+    step_timeout: options.StepTimeout = None,
     seed: Annotated[int, typer.Option(help="Of requests that have none of their own.")] = 0,
     prefix_cache: Annotated[
         PrefixCache,
@@ -129,6 +130,7 @@ def command(
         overlap=overlap,
         max_batch_tokens=chunk,
         experimental=options.names(experimental),
+        step_timeout=step_timeout,
         seed=seed,
         prefix_cache=prefix_cache.value,
     )

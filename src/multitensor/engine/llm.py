@@ -62,6 +62,8 @@ class LLM:
         beside texts being written it takes the default at most, so that these do not wait.
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
     experimental: names of config.EXPERIMENTS, ways that have not run on several GPUs yet.
+    step_timeout: seconds after which ranks that do not answer to a step are killed (RankFailed); 0: never; default 120
+        on GPUs, 600 on CPUs. Compiling kernels at their first use counts.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """
@@ -81,6 +83,7 @@ class LLM:
         overlap: bool = False,
         max_batch_tokens: int | None = None,
         experimental: Sequence[str] = (),
+        step_timeout: float | None = None,
         tensor_parallel: int | None = None,
         context: int | None = None,
     ) -> None:
@@ -100,6 +103,7 @@ class LLM:
             overlap=overlap,
             max_batch_tokens=max_batch_tokens,
             experimental=experimental,
+            step_timeout=step_timeout,
         )
 
     @classmethod

@@ -11,6 +11,7 @@ from typing import Literal
 from multitensor.architectures.registry import resolve
 from multitensor.architectures.spec import ModelSpec
 from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse_experiments, parse_ratio
+from multitensor.engine.step_watch import step_seconds
 from multitensor.errors import InputError
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.sharding.plan import Plan
@@ -50,6 +51,7 @@ def prepare(
     p2p: bool | None = None,
     overlap: bool = False,
     experimental: Sequence[str] = (),
+    step_timeout: float | None = None,
 ) -> Prepared:
     """Opens the model's headers and plans it; reads no weight.
 
@@ -58,7 +60,7 @@ def prepare(
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
     prefix_cache: which requests reuse what was computed of a common beginning; p2p: whether GPUs may use each other's
     memory; overlap: whether sums over GPUs travel while products are computed; experimental: ways to try; as in
-    EngineConfig.
+    EngineConfig. step_timeout: as there; by default 120 s on GPUs, 600 s on CPUs.
     Raises InputError and DoesNotFit in one line.
     """
     if not isinstance(model, (str, Path)) or not str(model):
@@ -71,6 +73,7 @@ def prepare(
     for name, value in integers.items():
         _check_integer(name, value)
     _check_integer("seed", seed)
+    step_seconds(step_timeout, "any")
     ratio = _ratio(ratio)
     if devices is None and tensor_parallel_size is None and isinstance(ratio, tuple):
         tensor_parallel_size = len(ratio)
@@ -110,6 +113,7 @@ def prepare(
         overlap=overlap,
         mixed_batch_tokens=min(batch_tokens, max(num_seqs, DEFAULT_BATCH_TOKENS[found[0].kind])),
         experimental=parse_experiments(experimental),
+        step_timeout=step_seconds(step_timeout, found[0].kind),
     )
     return Prepared(checkpoint, spec, plan, config)
 

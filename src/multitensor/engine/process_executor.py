@@ -7,13 +7,15 @@ import os
 import threading
 import weakref
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from multitensor.config import EngineConfig
 from multitensor.engine.batch import StepInput, StepMasks, StepOutput
 from multitensor.engine.bootstrap import MODEL_RUNNER, Bootstrap, cpu_threads_per_rank, device_kind
 from multitensor.engine.executor import Progress
 from multitensor.engine.statistics import RankSeconds
+from multitensor.engine.step_watch import StepWatch, describe_silence
 from multitensor.engine.supervisor import Launch, Supervisor
 from multitensor.engine.torchrun import World, torchrun_world
 from multitensor.errors import InputError, RankFailed
@@ -21,6 +23,8 @@ from multitensor.parallel.group_region import abort_group, create_group_region
 from multitensor.parallel.shared_region import SharedRegion
 from multitensor.parallel.step_channel import EngineChannel
 from multitensor.sharding.plan import Plan
+
+QUICK_CALLS = frozenset({"memory", "reductions"})  # these only look; others, as verify, take as long as they take
 
 
 class _Ranks:
@@ -33,6 +37,8 @@ class _Ranks:
         debug = bool(os.environ.get("MULTITENSOR_DEBUG"))
         threads = cpu_threads_per_rank(plan, os.environ)
         self.size = plan.size
+        self._names = tuple(rank.device.name for rank in plan.ranks)
+        self._step_seconds = config.step_timeout
         with contextlib.ExitStack() as undo:
             bootstrap = Bootstrap(plan, config, factory, threads, debug).to_memfd()
             undo.callback(os.close, bootstrap)
@@ -47,7 +53,7 @@ class _Ranks:
                 group_fd = os.memfd_create("multitensor-store", os.MFD_CLOEXEC)
                 undo.callback(os.close, group_fd)
             launch = Launch(
-                names=tuple(rank.device.name for rank in plan.ranks),
+                names=self._names,
                 fds=(bootstrap, self.channel.region.fd, group_fd),
                 cpu_threads=threads,
                 world=world,
@@ -62,6 +68,18 @@ class _Ranks:
             raise self.supervisor.failure.error()
         if not self.supervisor.is_alive():
             raise RankFailed("the ranks have been ended")
+
+    def watch(self, what: str, check: Callable[[], None] | None = None) -> StepWatch:
+        """The check of a wait for an answer: after step_timeout seconds the ranks are given up, and killed.
+        what: is waited for. check: what else is to be done meanwhile, instead of `self.check`."""
+
+        def late() -> NoReturn:
+            pids, behind = self.supervisor.pids(), self.channel.behind()
+            failure = describe_silence(what, self._step_seconds, self._names, pids, behind)
+            self.supervisor.accuse(failure)
+            raise failure.error()
+
+        return StepWatch(self._step_seconds, check or self.check, late)
 
     def close(self) -> None:
         """Safe to call twice, and again after an interruption."""
@@ -160,11 +178,11 @@ class ProcessExecutor:
 
     def submit(self, step: StepInput) -> None:
         ranks = self._started()
-        ranks.channel.send(("step", step), lambda: self._while_full(ranks))
+        ranks.channel.send(("step", step), ranks.watch("a step", lambda: self._while_full(ranks)))
 
     def send_masks(self, masks: StepMasks) -> None:
         ranks = self._started()
-        ranks.channel.send(("masks", masks), lambda: self._while_full(ranks))
+        ranks.channel.send(("masks", masks), ranks.watch("a step", lambda: self._while_full(ranks)))
 
     def _while_full(self, ranks: _Ranks) -> None:
         """The ring of steps is full. Rank 0 may be waiting in turn for us to read its results."""
@@ -177,7 +195,7 @@ class ProcessExecutor:
         ranks = self._started()
         if self._waiting:
             return self._waiting.popleft()
-        output: StepOutput = ranks.channel.receive(0, ranks.check)[1]
+        output: StepOutput = ranks.channel.receive(0, ranks.watch("a step"))[1]
         return output
 
     def rank_seconds(self) -> RankSeconds:
@@ -188,10 +206,11 @@ class ProcessExecutor:
         ranks.channel.send(("call", method, arguments), lambda: self._while_full(ranks))
         values = []
         for rank in range(ranks.size):
-            kind, value = ranks.channel.receive(rank, ranks.check)
+            check = ranks.watch(method) if method in QUICK_CALLS else ranks.check
+            kind, value = ranks.channel.receive(rank, check)
             while kind == "step":
                 self._waiting.append(value)
-                kind, value = ranks.channel.receive(rank, ranks.check)
+                kind, value = ranks.channel.receive(rank, check)
             values.append(value)
         return values
 

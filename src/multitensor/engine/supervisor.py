@@ -24,6 +24,7 @@ from multitensor.engine import torchrun
 from multitensor.engine.bootstrap import Failure, rank_environment
 
 _GRACE = 0.5  # seconds that ranks have to end by themselves after "stop"
+_KILLED = 10.0  # seconds in which a killed process is gone, unless the kernel holds on to it
 _LOG_BYTES = 8192
 _MINE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -69,10 +70,23 @@ class Supervisor(threading.Thread):
         self._waker, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._stopping = False
+        self._failing = threading.Lock()
 
     def stop(self) -> None:
         """Asks for the end; ranks get a moment to leave by themselves, then are killed. Safe from any thread."""
         self._stopping = True
+        self._wake()
+
+    def accuse(self, failure: Failure) -> None:
+        """The ranks count as lost from now on, though they live: they are killed. Safe from any thread."""
+        self._fail(failure)
+        self._wake()
+
+    def pids(self) -> dict[int, int]:
+        """By rank: its process. For when all ranks are ready."""
+        return {rank.number: rank.pid for rank in self._ranks}
+
+    def _wake(self) -> None:
         with contextlib.suppress(OSError):
             self._waker.send(b"!")
 
@@ -82,7 +96,7 @@ class Supervisor(threading.Thread):
             while self.failure is None and not self._stopping:
                 self._watch(None)
                 lost = [rank for rank in self._ranks if rank.ended]
-                if lost and not self._stopping:
+                if lost and not self._stopping and self.failure is None:
                     self._fail(self._diagnose())
         except BaseException as error:
             self._fail(Failure("RankFailed", f"cannot start or watch the ranks: {type(error).__name__}: {error}"))
@@ -90,7 +104,10 @@ class Supervisor(threading.Thread):
             self._end_all()
 
     def _fail(self, failure: Failure) -> None:
-        self.failure = failure
+        """Of several, the first is the cause."""
+        with self._failing:
+            if self.failure is None:
+                self.failure = failure
         self._on_failure()
 
     # -- starting
@@ -242,7 +259,8 @@ class Supervisor(threading.Thread):
         self._end_all()
 
     def _end_all(self) -> None:
-        """Leaves no process, no zombie and no descriptor of a rank."""
+        """Leaves no process, no zombie and no descriptor of a rank, but for a process that hangs in the kernel: it ends
+        when the kernel lets go of it."""
         deadline = time.monotonic() + (_GRACE if self.failure is None else 0.0)
         while time.monotonic() < deadline and any(not rank.ended for rank in self._ranks):
             self._watch(max(0.0, deadline - time.monotonic()))
@@ -253,9 +271,11 @@ class Supervisor(threading.Thread):
             elif not rank.ended:
                 with contextlib.suppress(OSError):
                     os.kill(rank.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _KILLED
         for rank in self._ranks:
             if rank.process is not None:
-                rank.process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    rank.process.wait(max(0.0, deadline - time.monotonic()))
             rank.control.close()
             if rank.log >= 0:
                 os.close(rank.log)

@@ -72,6 +72,11 @@ class RingWriter:
             self._put(piece, check)
             frame = frame[len(piece) :]
 
+    def slowest(self) -> tuple[int, ...]:
+        """Readers that have not read all that another has."""
+        read = [self._ring.position(1 + reader) for reader in range(self._ring.readers)]
+        return tuple(reader for reader, position in enumerate(read) if position < max(read))
+
     def _put(self, piece: memoryview, check: Check) -> None:
         ring = self._ring
         head = ring.position(0)
@@ -185,6 +190,10 @@ class EngineChannel:
     def pending(self, rank: int) -> bool:
         """Whether `receive` would have something to read."""
         return self._results[rank].pending
+
+    def behind(self) -> tuple[int, ...]:
+        """Ranks that have not read all that another has."""
+        return self._steps.slowest()
 
     def progress(self) -> tuple[int, int]:
         """Bytes loaded and bytes to load, summed over the ranks that have reported."""
