@@ -80,6 +80,7 @@ def test_token_ids_in_and_out(model: str) -> None:
     report = json.loads(command("run", model, "--ids", "1,2,3", "-n", "5", "--temp", "0", "--json").stdout)
     assert [str(token) for token in report["token_ids"]] == done.stdout.split()
     assert report["finish_reason"] == "length"
+    assert [held["weights_over_plan"] for held in report["memory"]] == [1.0]
     assert 0 < report["load_seconds"] < report["first_token_seconds"], "counted from the command, imports and all"
 
 

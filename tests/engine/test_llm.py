@@ -97,7 +97,7 @@ def test_closing_a_stream_cancels_it() -> None:
     assert llm._engine.has_unfinished
     stream.close()
     assert not llm._engine.has_unfinished
-    llm.memory()
+    llm._engine.call("memory")  # between steps
     assert llm._engine._scheduler.blocks.n_free == 64
     never_started = llm.stream([1], GREEDY)
     del never_started

@@ -24,6 +24,7 @@ from multitensor.model.decode_graph import DecodeGraphs
 from multitensor.model.decoder import Decoder
 from multitensor.model.linear import joint_matrices
 from multitensor.parallel.group import SingleGroup
+from multitensor.sharding.memory import GRAPH_BUCKETS, graph_bytes
 from synthetic import write_gguf
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="there is no C++ compiler")
@@ -120,6 +121,8 @@ def test_steps_from_an_empty_cache(name: str, tmp_path: Path, monkeypatch: pytes
         assert torch.equal(likeliest, logits.argmax(-1))
         assert torch.equal(last[torch.from_numpy(slots).long()], likeliest)
         told.append(likeliest.tolist())
+    bucket = next(size for size in GRAPH_BUCKETS if size >= sequences)
+    assert 4 * bucket * plan.spec.vocab_size < graphs.nbytes <= graph_bytes(plan, plan.ranks[0], (bucket,))
 
 
 def forward(graphs: DecodeGraphs) -> None:

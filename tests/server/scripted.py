@@ -100,7 +100,7 @@ class ScriptedExecutor:
         return int(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))[0])
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
-        return [{"weights": 1, "kv": 2}]
+        return [{"weights_bytes": 1 << 20, "kv_bytes": 2}]
 
     def close(self) -> None: ...
 

@@ -268,6 +268,9 @@ def test_state_routes(server: Server) -> None:
     plan = httpx.get(f"{server.url}/v1/plan").json()
     assert plan["tensors"] and plan["devices"][0]["name"] == "cpu:0" and plan["model"] == "tide"
     assert "tensors" not in httpx.get(f"{server.url}/v1/plan?tensors=false").json()
+    (held,) = plan["memory"]
+    ratio = round((1 << 20) / plan["devices"][0]["weights_bytes"], 4)
+    assert ratio > 0 and held == {"weights_bytes": 1 << 20, "kv_bytes": 2, "weights_over_plan": ratio}
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'multitensor_http_requests_total{route="/health",status="200"}' in metrics
     assert httpx.get(f"{server.url}/v1/stats").json()["devices"][0]["share"] == 1.0

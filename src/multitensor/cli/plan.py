@@ -76,6 +76,9 @@ def _print_devices(console: Console, plan: Plan, memory: tuple[DeviceMemory, ...
         used = entry.total / rank.device.capacity_bytes if rank.device.capacity_bytes else 0.0
         held.add_row(str(rank.rank), *(human_bytes(size) for size in sizes), f"{used:.0%}")
     console.print(held)
+    if any(entry.host for entry in memory):
+        most = max(sum(entry.host.values()) for entry in memory)
+        console.print(f"beside them a rank page-locks at most {human_bytes(most)} of the host's memory")
     groups = sorted({group for entry in memory for group in entry.weights})
     for group in groups:
         per_rank = ", ".join(human_bytes(entry.weights.get(group, 0)) for entry in memory)

@@ -184,6 +184,7 @@ def _write_once(
             "first_token_seconds": first_token,
             **asdict(timing),
             "devices": [rank.device.name for rank in llm.plan.ranks],
+            "memory": llm.memory(),
         }
         typer.echo(json.dumps(report))
         return

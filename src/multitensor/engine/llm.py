@@ -39,6 +39,7 @@ from multitensor.engine.statistics import EngineStats
 from multitensor.errors import InputError
 from multitensor.formats.checkpoint import Checkpoint
 from multitensor.sharding.plan import Plan
+from multitensor.sharding.report import with_ratios
 
 if TYPE_CHECKING:
     from multitensor.formats.tokenizer import Tokenizer
@@ -219,10 +220,10 @@ class LLM:
         """Steps, tokens and seconds of prefill and decode since the start."""
         return self._engine.stats
 
-    def memory(self) -> list[dict[str, int]]:
-        """Bytes that each rank holds, as measured."""
+    def memory(self) -> list[dict[str, int | float]]:
+        """Bytes that each rank holds, as measured; "weights_over_plan": its weights over those of `memory_plan`."""
         with self._exclusive() as engine:
-            return engine.call("memory")
+            return with_ratios(self._plan, engine.call("memory"))
 
     def reductions(self) -> dict[str, Any]:
         """How sums over ranks travel. "small": those of a decode step, over peer memory, the host's or through NCCL,

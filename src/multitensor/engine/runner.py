@@ -306,8 +306,8 @@ class ModelRunner:
 
     def memory(self) -> dict[str, int]:
         """Bytes that this rank holds, as measured: resident weights, KV cache, and on a GPU what torch's allocator
-        has handed out and reserved, what peers see of it and what they see of the host's memory, on a CPU the resident
-        memory of the process."""
+        has handed out and reserved, what peers see of it and what they see of the host's memory, what recorded decode
+        steps keep, and what torch has page-locked of the host's memory; on a CPU the resident memory of the process."""
         held = {id(weight): weight.nbytes for weight in self.weights.values()}
         result = {
             "weights_bytes": sum(held.values()),
@@ -320,6 +320,8 @@ class ModelRunner:
             host_memory = self.group.host_memory
             result["host_bytes"] = host_memory.local.nbytes if host_memory is not None else 0
             result["reserved_bytes"] = torch.cuda.memory_reserved(self.device)
+            result["graphs_bytes"] = self._graphs.nbytes if self._graphs is not None else 0
+            result["pinned_bytes"] = int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
         else:
             import psutil
 

@@ -23,9 +23,10 @@ from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder, DecoderLayer
 from multitensor.model.fused_layers import FusedLayers
 from multitensor.parallel.group import Group
+from multitensor.sharding.memory import GRAPH_BUCKETS, graph_words
 from multitensor.sharding.plan import Plan
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+BUCKETS = GRAPH_BUCKETS
 
 
 def can_capture(plan: Plan) -> bool:
@@ -62,6 +63,11 @@ class DecodeGraphs:
         self._parts = (decoder, plan, rank, caches, kernels, group, last_tokens, tried)
         self._graphs: dict[int, _DecodeGraph] = {}
         self._pool: Any | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """What the graphs that were needed so far keep on the device, but for the memory that torch reuses."""
+        return sum(graph.nbytes for graph in self._graphs.values())
 
     def run(
         self,
@@ -108,7 +114,7 @@ class _DecodeGraph:
         self.device = last_tokens.device
         self.dtype = decoder.dtype
         # ids, slots, positions, cache slots; then the block tables; then the count of steps
-        length = 4 * sequences + sequences * self.blocks + 1
+        length = graph_words(plan, sequences)
         self.host = torch.empty(length, dtype=torch.int32, pin_memory=True)
         self.copied = torch.cuda.Event()
         self.packed = torch.zeros(length, dtype=torch.int32, device=self.device)
@@ -139,6 +145,11 @@ class _DecodeGraph:
         self.greedy = GreedySampler(sequences, self.device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: torch.Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        logits = 0 if self.logits is None else self.logits.nbytes
+        return self.packed.nbytes + sum(attention.nbytes for attention in self._attention.values()) + logits
 
     @property
     def pool(self) -> Any:

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from multitensor.server.errors import ApiError
 from multitensor.server.metrics import CONTENT_TYPE
 from multitensor.server.service import Service, authorise, service_of
+from multitensor.sharding.report import with_ratios
 
 open_router = APIRouter(tags=["state"])
 router = APIRouter(tags=["state"], dependencies=[Depends(authorise)])
@@ -61,14 +62,16 @@ def _model(service: Service) -> dict[str, Any]:
 
 @router.get("/v1/plan")
 async def plan(request: Request, tensors: str = "true") -> Response:
-    """How the model is cut over the devices at this moment. tensors=false leaves the list of tensors out."""
+    """How the model is cut over the devices at this moment. tensors=false leaves the list of tensors out. memory: what
+    the ranks held when it was last measured, and their weights over those of the plan (weights_over_plan)."""
     service = service_of(request)
     if tensors not in ("true", "false"):
         raise ApiError(400, "tensors must be true or false", param="tensors")
     found = await service.in_thread(service.engine.plan.to_json)
     if tensors == "false":
         del found["tensors"]
-    return JSONResponse({"model": service.settings.model_name, **found})
+    memory = with_ratios(service.engine.plan, service.engine.stats().memory)
+    return JSONResponse({"model": service.settings.model_name, **found, "memory": memory})
 
 
 @router.get("/v1/stats")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from multitensor.config import kv_head_bytes
 from multitensor.sharding.plan import Plan, RankPlan
@@ -33,6 +34,12 @@ CPU_PROCESS_BYTES = 320 * MIB
 # Staging of the loader: device copies of its chunks on a GPU; host buffers and the repacker's temporaries on a CPU.
 CUDA_LOADER_BYTES = 4 * 32 * MIB
 CPU_LOADER_BYTES = 32 * MIB
+# Page-locked buffers of the host that the loader of a GPU rank reads into; torch keeps them.
+HOST_LOADER_BYTES = 10 * 32 * MIB
+# Sequences of a recorded decode step: one graph each. What they hold beside the weights depends on the GPU's number of
+# multiprocessors, for which a plan takes as many as any GPU has.
+GRAPH_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
+PROCESSORS = 192
 # Bounds that the kernels keep: what attention makes beside the keys and values of a head, scores and masks mostly; rows
 # dequantised at a time.
 ATTENTION_BYTES = 160 * MIB
@@ -46,11 +53,13 @@ SCORING_BYTES = 256 * MIB
 @dataclass(frozen=True)
 class DeviceMemory:
     """Bytes on one device. weights: by group ("attention", "ffn", "vocabulary", "shared"). kv: the pool of cache
-    blocks. buffer_parts: by use, everything else."""
+    blocks. buffer_parts: by use, everything else. host: by use, at most, page-locked memory of the host, which a GPU
+    rank takes beside all that; in no sum."""
 
     weights: Mapping[str, int]
     kv: int
     buffer_parts: Mapping[str, int]
+    host: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def buffers(self) -> int:
@@ -64,7 +73,12 @@ class DeviceMemory:
 def device_memory(plan: Plan) -> tuple[DeviceMemory, ...]:
     """What each rank's device will hold, in rank order."""
     return tuple(
-        DeviceMemory(_weights(plan, rank.rank), kv_bytes_per_token(plan, rank) * plan.kv_tokens, _buffers(plan, rank))
+        DeviceMemory(
+            _weights(plan, rank.rank),
+            kv_bytes_per_token(plan, rank) * plan.kv_tokens,
+            _buffers(plan, rank),
+            _host(plan, rank),
+        )
         for rank in plan.ranks
     )
 
@@ -96,7 +110,8 @@ def attention_bytes(plan: Plan) -> int:
 
 def context_growth_per_token(plan: Plan) -> int:
     """The most that one more token of context can cost a rank beside its KV."""
-    return context_bytes_per_token(plan) + _head_bytes_per_token(plan)
+    tables = -(-4 * sum(graph_buckets(plan)) // plan.block_size)
+    return context_bytes_per_token(plan) + _head_bytes_per_token(plan) + tables
 
 
 def _head_bytes_per_token(plan: Plan) -> int:
@@ -126,6 +141,64 @@ def host_memory_bytes(plan: Plan) -> int:
     return 4 * words + 2 * HOST_SLOTS * HOST_CHUNK_BYTES + MIB
 
 
+def graph_buckets(plan: Plan) -> tuple[int, ...]:
+    """Sequences of each decode step that is recorded; none on CPUs and in float32."""
+    if any(rank.device.kind == "cpu" for rank in plan.ranks) or plan.dtype == "float32":
+        return ()
+    return tuple(
+        size for last, size in zip((0, *GRAPH_BUCKETS), GRAPH_BUCKETS, strict=False) if last < plan.max_num_seqs
+    )
+
+
+def graph_words(plan: Plan, sequences: int) -> int:
+    """int32 numbers that a recorded step of so many sequences is fed with, on the device and from the host: id, slot,
+    position and place in the cache of each, its table of blocks, the count of steps."""
+    return sequences * (4 + -(-plan.context // plan.block_size)) + 1
+
+
+def graph_bytes(plan: Plan, rank: RankPlan, buckets: tuple[int, ...]) -> int:
+    """The most that these recorded steps hold on a rank: their inputs, scratch of attention and of products of
+    quantised weights, and what goes from one kernel to the next, of which torch keeps all that was ever needed."""
+    spec, element = plan.spec, DTYPE_BYTES[plan.dtype]
+    attention = (2 * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
+    words = 4 * spec.hidden_size + rank.vocabulary.size + spec.vocab_size
+    per_sequence = 4 * words + element * (2 * spec.hidden_size + max(attention, 3 * rank.ffn.size))
+    kinds = len({layer.window for layer in spec.layers})
+    total = sum(
+        4 * graph_words(plan, size) + kinds * _attention_scratch(rank, spec.head_dim, size) + size * per_sequence
+        for size in buckets
+    )
+    # Two runs a multiprocessor of panels of 16 x 16 rows; one set for 8, 16, 32 and 64 tokens each.
+    tiles = sum(size // 8 for size in buckets if size >= 8)
+    return total + PROCESSORS * 2 * 16 * 16 * 8 * 4 * tiles
+
+
+def _attention_scratch(rank: RankPlan, head_dim: int, sequences: int) -> int:
+    """Of one kind of layers: sums of the pieces that sequences are cut into, for the query heads of a KV head in eights
+    or, where there are more, in sixteens."""
+    runs = [len(list(heads)) for _, heads in groupby(rank.kv_map)]
+    if not runs:
+        return 0
+    most = 0
+    for wide in (8, 16):
+        jobs = sum(-(-run // wide) for run in runs)
+        pieces = max(1, min(64, 2 * PROCESSORS // jobs)) + sequences
+        most = max(most, 4 * jobs * (pieces * wide * (head_dim + 2) + sequences + 3))
+    return most
+
+
+def _host(plan: Plan, rank: RankPlan) -> dict[str, int]:
+    """torch rounds page-locked blocks up to powers of two."""
+    if rank.device.kind == "cpu":
+        return {}
+    fed = (4 * graph_words(plan, size) for size in graph_buckets(plan))
+    return {
+        "loader": HOST_LOADER_BYTES,
+        "peers": host_memory_bytes(plan),
+        "graphs": sum(1 << (nbytes - 1).bit_length() for nbytes in fed),
+    }
+
+
 def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     """Everything that is neither weights nor KV. Work is done one phase at a time, so the largest phase counts."""
     spec, tokens, on_cpu = plan.spec, plan.max_batch_tokens, rank.device.kind == "cpu"
@@ -147,4 +220,5 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
         return {**parts, "process": CPU_PROCESS_BYTES}
     nccl = NCCL_BYTES if plan.size > 1 else 0
     outside = {"cuda_context": CUDA_CONTEXT_BYTES, "nccl": nccl, "peer_memory": peer_memory_bytes(plan)}
-    return {**parts, **outside, "allocator": CUDA_ALLOCATOR_BYTES}
+    graphs = graph_bytes(plan, rank, graph_buckets(plan))
+    return {**parts, "graphs": graphs, **outside, "allocator": CUDA_ALLOCATOR_BYTES}

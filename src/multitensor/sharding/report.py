@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from multitensor.architectures.cut_rules import CutHeads
@@ -40,6 +41,8 @@ def _devices(plan: Plan) -> list[dict[str, Any]]:
             "buffers_bytes": memory.buffers,
             "weights_bytes_by_group": dict(memory.weights),
             "buffers_bytes_by_use": dict(memory.buffer_parts),
+            "host_bytes": sum(memory.host.values()),
+            "host_bytes_by_use": dict(memory.host),
             "query_heads": list(rank.query_heads),
             "kv_heads": list(rank.kv_heads),
             "kv_map": list(rank.kv_map),
@@ -48,6 +51,16 @@ def _devices(plan: Plan) -> list[dict[str, Any]]:
             "stage": rank.stage,
         }
         for rank, memory in zip(plan.ranks, device_memory(plan), strict=True)
+    ]
+
+
+def with_ratios(plan: Plan, held: Sequence[Mapping[str, int]]) -> list[dict[str, int | float]]:
+    """What the ranks say that they hold (ModelRunner.memory), and for each "weights_over_plan": its resident weights
+    over those of the plan, 1.0 where they are equal."""
+    planned = [sum(memory.weights.values()) for memory in device_memory(plan)]
+    return [
+        {**measured, "weights_over_plan": round(measured["weights_bytes"] / weights, 4) if weights else 1.0}
+        for measured, weights in zip(held, planned, strict=True)
     ]
 
 

@@ -150,6 +150,7 @@ class DecodeAttention:
         self._partials = torch.empty((*units, head_dim), dtype=torch.float32, device=device)
         self._stats = torch.empty((*units, 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros((sequences, len(jobs)), dtype=torch.int32, device=device)
+        self.nbytes = sum(t.nbytes for t in (self._jobs, self._partials, self._stats, self._counters))
         self._threads = 32 * warps
         self._defines = {
             "HEAD_DIM": head_dim,
