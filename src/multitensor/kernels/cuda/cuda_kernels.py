@@ -13,6 +13,7 @@ from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.joined import join_planes, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
+from multitensor.kernels.cuda.small_batch import MAX_TOKENS as SMALL_BATCH_TOKENS
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.projection import Projection
@@ -21,6 +22,7 @@ from multitensor.kernels.rows import Here, Rows
 from multitensor.kernels.torch_kernels import Kernels
 
 FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion, where it is they or it
+MOST_FEW_TOKENS = max(FEW_TOKENS, SMALL_BATCH_TOKENS)  # beyond, nothing reads tiles as they lie
 EXPAND_BYTES = 256 << 20  # scratch for a matrix's numbers in the activations' type, where many tokens are multiplied
 
 
@@ -121,7 +123,8 @@ class CudaKernels(Kernels):
         if tiled is None:
             joined = self._joined_product(x, (gate, up), (gate_bias, up_bias))
             if joined is not None:
-                return self.gated_activation(joined[:, : gate.rows], joined[:, gate.rows :], kind)
+                gate_part, up_part = joined.split_with_sizes((gate.rows, up.rows), 1)
+                return self.gated_activation(gate_part, up_part, kind)
             return super().gated_linear(x, gate, up, kind, gate_bias, up_bias)
         return self._multiply(x, tiled, joined_biases((gate_bias, up_bias), (gate, up)), gated=kind)
 
@@ -282,14 +285,19 @@ class CudaKernels(Kernels):
     @staticmethod
     def _fit_together(weights: Sequence[TiledTensor], dtype: torch.dtype) -> bool:
         """Whether the weights' numbers fit the scratch at once, as one matrix."""
-        numbers = sum(w.rows * w.cols for w in weights)
-        return len({w.cols for w in weights}) == 1 and numbers * dtype.itemsize <= EXPAND_BYTES
+        columns, rows = weights[0].cols, 0
+        for w in weights:
+            rows += w.rows
+            if w.cols != columns:
+                return False
+        return rows * columns * dtype.itemsize <= EXPAND_BYTES
 
     def _tiled(self, weights: Sequence[QuantTensor], x: torch.Tensor | Rows) -> list[TiledTensor] | None:
         """The weights, where all are tiled and x is a type that the kernels take."""
+        if x.dtype not in (torch.float16, torch.bfloat16) or not x.shape[0]:
+            return None
         found = [w for w in weights if isinstance(w, TiledTensor)]
-        half = x.dtype in (torch.float16, torch.bfloat16)
-        return found if half and len(found) == len(weights) and x.shape[0] else None
+        return found if len(found) == len(weights) else None
 
     def _few_floats(self, x: torch.Tensor, plane: torch.Tensor) -> bool:
         """Whether our kernel takes float weights as they lie, and beats cuBLAS at it."""
@@ -297,7 +305,8 @@ class CudaKernels(Kernels):
 
     def _few(self, weights: Sequence[QuantTensor], x: torch.Tensor | Rows) -> list[TiledTensor] | None:
         """The weights, where kernels that read them as they lie are the best there is for x."""
-        tokens, tiled = x.shape[0], self._tiled(weights, x)
+        tokens = x.shape[0]
+        tiled = self._tiled(weights, x) if tokens <= MOST_FEW_TOKENS else None
         if tiled is None:
             return None
         by_fours = tokens <= FEW_TOKENS and self.tile_kernels.takes(tiled, min(tokens, MAX_TOKENS))
@@ -330,10 +339,10 @@ class CudaKernels(Kernels):
 
     def _expanded_linear(self, x: torch.Tensor, w: TiledTensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Many tokens: the weights as numbers in x's type, some rows at a time, and cuBLAS, each part to its place."""
+        if self._fit_together((w,), x.dtype):
+            return _product(x, self.tile_kernels.expand(w, x.dtype), bias)
         y: torch.Tensor | None = None
         for first, numbers in self._parts(w, x.dtype):
-            if len(numbers) == w.rows:
-                return _product(x, numbers, bias)
             y = x.new_empty((x.shape[0], w.rows)) if y is None else y
             torch.mm(x, numbers.T, out=y[:, first : first + len(numbers)])
         if y is None:

@@ -86,7 +86,7 @@ class DecodeKernels:
             and residual.numel() > 0
             and hidden % 4 == 0
             and hidden <= MAX_HIDDEN
-            and all(w is None or (w.shape == (hidden,) and _is_plain(w)) for w in weights)
+            and all([w is None or (w.shape == (hidden,) and _is_plain(w)) for w in weights])
             and _is_plain(residual)
             and partial.is_contiguous()
             and partial.data_ptr() % 8 == 0

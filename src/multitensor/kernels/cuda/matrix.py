@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ class TileKernels:
         self.blocks = properties.multi_processor_count
         self.shared_limit = shared_limit(device)
         self._programs: dict[tuple[tuple[str, str], torch.dtype], Program] = {}
+        self._expanders: dict[tuple[str, torch.dtype], Any] = {}
 
     @cached_property
     def overlap(self) -> bool:
@@ -112,7 +113,8 @@ class TileKernels:
         """The numbers of weights of equal columns, one behind the other: [all rows, cols]."""
         rows = [w.rows for w in weights]
         out = torch.empty((sum(rows), weights[0].cols), dtype=dtype, device=self.device)
-        for w, part in zip(weights, out.split(rows), strict=True):
+        parts = out.split_with_sizes(rows) if len(rows) > 1 else (out,)
+        for w, part in zip(weights, parts, strict=True):
             self._expand(w, part, 0, -(-w.rows // ROWS), w.rows, None)
         return out
 
@@ -148,11 +150,11 @@ class TileKernels:
     def _expand(
         self, w: TiledTensor, out: torch.Tensor, first: int, groups: int, rows: int, ids: torch.Tensor | None
     ) -> None:
-        name = w.type.name
-        kernel = self._program((name, name), torch.float16).kernel(_EXPAND[out.dtype])
-        grid = -(-groups * w.column_blocks // 8)
-        arguments = (
-            *(w.tiles, out, rows, w.cols, w.phase, w.column_blocks, first, groups),
-            _NULL if ids is None else ids,
-        )
-        launch(kernel, grid, 256, 0, arguments)
+        name, blocks = w.type.name, w.column_blocks
+        kernel = self._expanders.get((name, out.dtype))
+        if kernel is None:
+            kernel = self._program((name, name), torch.float16).kernel(_EXPAND[out.dtype])
+            self._expanders[name, out.dtype] = kernel
+        picked = _NULL if ids is None else ids
+        arguments = (w.tiles, out, rows, w.cols, w.phase, blocks, first, groups, picked)
+        launch(kernel, -(-groups * blocks // 8), 256, 0, arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,8 @@ class PrefillKernels:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._programs: dict[tuple[object, ...], Program] = {}
+        self._gate_kernels: dict[torch.dtype, Any] = {}
+        self._rope_kernels: dict[tuple[object, ...], Any] = {}
         self._rows = torch.empty(0, dtype=torch.int32, device=device)
 
     @cached_property
@@ -39,7 +40,8 @@ class PrefillKernels:
             and gate.dtype == up.dtype
             and gate.shape == up.shape
             and gate.numel() > 0
-            and all(_in_eights(x) for x in (gate, up))
+            and _in_eights(gate)
+            and _in_eights(up)
         )
 
     def gated_activation(
@@ -49,26 +51,31 @@ class PrefillKernels:
         In float32, rounded once."""
         tokens, columns = gate.shape
         out = torch.empty((tokens, columns), dtype=gate.dtype, device=gate.device)
-        kernel = self._program("prefill.cu", {"X_KIND": KINDS[gate.dtype]}).kernel("gated_activation")
+        kernel = self._gate_kernels.get(gate.dtype)
+        if kernel is None:
+            program = Program("prefill.cu", {"X_KIND": KINDS[gate.dtype]}, self.device)
+            kernel = self._gate_kernels[gate.dtype] = program.kernel("gated_activation")
         eights = columns // _EIGHT
         arguments = (gate, up, out, eights, gate.stride(0), up.stride(0), int(kind == "gelu_tanh"))
         launch(kernel, (tokens, -(-eights // _THREADS)), _THREADS, 0, arguments, overlap=self.overlap)
         return out
 
     def project_takes(
-        self, tokens: int, dtype: torch.dtype, p: Projection, cos: torch.Tensor, *caches: CacheTensor
+        self, tokens: int, dtype: torch.dtype, p: Projection, cos: torch.Tensor, keys: CacheTensor, values: CacheTensor
     ) -> bool:
         """Whether `rope_write_kv` can do it for the products of so many tokens' activations."""
-        vectors = [v for v in (p.q_norm, p.k_norm) if v is not None]
         return (
             dtype in _HALVES
             and 0 < tokens <= _MAX_ROWS
             and p.head_dim % 2 == 0
             and 2 * cos.shape[-1] <= p.head_dim
-            and len(vectors) in (0, 2)
-            and all(v.dtype == torch.float32 and v.is_contiguous() for v in vectors)
-            and all(_is_known(cache, p.head_dim) and cache.shape[2] == p.kv_heads for cache in caches)
-            and cache_kind(caches[0]) == cache_kind(caches[1])
+            and (p.q_norm is None) == (p.k_norm is None)
+            and (p.q_norm is None or _is_vector(p.q_norm))
+            and (p.k_norm is None or _is_vector(p.k_norm))
+            and _is_known(keys, p.head_dim)
+            and _is_known(values, p.head_dim)
+            and keys.shape[2] == values.shape[2] == p.kv_heads
+            and cache_kind(keys) == cache_kind(values)
         )
 
     def rope_write_kv(
@@ -87,28 +94,36 @@ class PrefillKernels:
         tokens, heads = qkv.shape[0], p.query_heads + 2 * p.kv_heads
         if tokens > len(self._rows):
             self._rows = torch.arange(1 << (tokens - 1).bit_length(), dtype=torch.int32, device=self.device)
-        defines = {
-            "ROPE_ONLY": 1,
-            "HEAD_DIM": p.head_dim,
-            "BLOCK_SIZE": k_cache.shape[1],
-            "X_KIND": KINDS[qkv.dtype],
-            "KV_KIND": KINDS[cache_kind(k_cache)],
-            "SLOT": SLOT_TYPES[slot_mapping.dtype],
-        }
-        kernel = self._program("decode.cu", defines).kernel("rope_write_kv")
+        kernel = self._rope_kernel(p.head_dim, k_cache.shape[1], qkv.dtype, cache_kind(k_cache), slot_mapping.dtype)
         norms = (or_null(p.q_norm), or_null(p.k_norm), float(p.eps))
         turns = (cos, sin, cos.shape[-1], int(p.style == "interleaved"))
         # Angles come a row a token, so a token's row takes the place of its position.
         places = (self._rows, slot_mapping, *addresses(k_cache, v_cache), p.query_heads, p.kv_heads)
         arguments = (qkv, or_null(None), *norms, *turns, *places)
         launch(kernel, (-(-heads // 4), tokens), 128, 0, arguments, overlap=self.overlap)
-        return qkv[:, : p.query_heads * p.head_dim].unflatten(1, (p.query_heads, p.head_dim))
+        return qkv.view(tokens, heads, p.head_dim).narrow(1, 0, p.query_heads)
 
-    def _program(self, source: str, defines: dict[str, object]) -> Program:
-        key = (source, *defines.items())
-        if key not in self._programs:
-            self._programs[key] = Program(source, defines, self.device)
-        return self._programs[key]
+    def _rope_kernel(
+        self, head_dim: int, block_size: int, dtype: torch.dtype, kind: torch.dtype | str, slot: torch.dtype
+    ) -> Any:
+        key = (head_dim, block_size, dtype, kind, slot)
+        kernel = self._rope_kernels.get(key)
+        if kernel is None:
+            defines = {
+                "ROPE_ONLY": 1,
+                "HEAD_DIM": head_dim,
+                "BLOCK_SIZE": block_size,
+                "X_KIND": KINDS[dtype],
+                "KV_KIND": KINDS[kind],
+                "SLOT": SLOT_TYPES[slot],
+            }
+            kernel = Program("decode.cu", defines, self.device).kernel("rope_write_kv")
+            self._rope_kernels[key] = kernel
+        return kernel
+
+
+def _is_vector(weight: torch.Tensor) -> bool:
+    return weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 def _is_known(cache: CacheTensor, head_dim: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -49,11 +50,11 @@ class TiledTensor(QuantTensor):
 
     expander: Expander | None = None
 
-    @property
+    @cached_property
     def tiles(self) -> torch.Tensor:
         return self.planes["tiles"]
 
-    @property
+    @cached_property
     def column_blocks(self) -> int:
         return self.tiles.shape[1]
 
