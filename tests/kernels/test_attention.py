@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paged_case import Case
 
-from multitensor.kernels import attention
+from multitensor.kernels import attention, attention_inputs
 from multitensor.kernels.attention import HeadGroups, paged_attention
 from multitensor.kernels.attention_inputs import AttentionInputs
 
@@ -159,3 +159,20 @@ def test_inputs_of_a_mixed_step() -> None:
     assert inputs.slot_mapping.tolist() == [7 * 4 + 2, 7 * 4 + 3, 2 * 4, 4 * 4]
     assert inputs.block_tables.dtype == torch.int64
     assert inputs.has_decodes
+
+
+def test_a_steps_numbers_reach_the_device_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    plain = attention_inputs.to_device
+
+    def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+        copied.append(values.size)
+        return plain(values, device)
+
+    monkeypatch.setattr(attention_inputs, "to_device", to_device)
+    tables = np.array([[5, 2, 0], [1, 7, 3]], np.int32)
+    inputs = AttentionInputs.build([3, 1], [4, 9], tables, 4, torch.device("cpu"))
+    assert copied == [4 + 4 + 6]
+    assert inputs.positions.tolist() == [4, 5, 6, 9]
+    assert inputs.slot_mapping.tolist() == [8, 9, 10, 13]
+    assert inputs.block_tables.tolist() == tables.tolist()

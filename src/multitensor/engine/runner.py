@@ -19,6 +19,7 @@ from multitensor.formats.checkpoint import Checkpoint
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
+from multitensor.kernels.host_copy import to_device
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
@@ -186,7 +187,7 @@ class ModelRunner:
             rows, likeliest = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
             chosen = np.flatnonzero(step.sample)
             if len(chosen) < len(rows):
-                places = torch.from_numpy(chosen).to(self.device)
+                places = to_device(chosen, self.device)
                 rows, likeliest = rows[places], likeliest[places]
             return ForwardedStep(step, chosen, rows, None, None, started, likeliest)
         inputs = AttentionInputs.build(
@@ -242,19 +243,19 @@ class ModelRunner:
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""
-        ids = torch.from_numpy(step.token_ids.astype(np.int64)).to(self.device)
+        ids = to_device(step.token_ids.astype(np.int64), self.device)
         places = np.flatnonzero(step.token_ids < 0)
         if len(places):
             slots = np.repeat(step.slots, step.query_lens)[places].astype(np.int64)
-            last = self.sampler.last_tokens[torch.from_numpy(slots).to(self.device)]
-            ids[torch.from_numpy(places).to(self.device)] = last
+            last = self.sampler.last_tokens[to_device(slots, self.device)]
+            ids[to_device(places, self.device)] = last
         return ids
 
     def _logits(self, hidden: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         """float32 [len(rows), vocabulary] of some rows of the hidden states."""
         if len(rows) == hidden.shape[0]:
             return self.decoder.logits(hidden)
-        return self.decoder.logits(hidden.index_select(0, torch.from_numpy(rows).to(self.device)))
+        return self.decoder.logits(hidden.index_select(0, to_device(rows, self.device)))
 
     def _sample(
         self, forwarded: ForwardedStep, masks: Mapping[int, np.ndarray]
@@ -296,7 +297,7 @@ class ModelRunner:
         """One (top ids, their log-probabilities, that of the id that follows) a row. following: -1 for none."""
         logprobs = torch.log_softmax(logits, dim=-1)
         values, ids = logprobs.topk(min(max(tops), logprobs.shape[-1]), dim=-1)
-        wanted = torch.from_numpy(following.astype(np.int64)).to(self.device).unsqueeze(1)
+        wanted = to_device(following.astype(np.int64), self.device).unsqueeze(1)
         next_values = logprobs.gather(1, wanted.clamp(min=0)).squeeze(1).tolist()
         columns = (ids.tolist(), values.tolist(), next_values, tops, following.tolist())
         return [

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from multitensor.engine.batch import SamplingSetup, TokenLogprobs
+from multitensor.kernels.host_copy import to_device
 
 _PARAMETERS = ("temperature", "min_p", "top_p", "repetition", "presence", "frequency")
 _WEIGHT_ONE = 2.0**40  # the likeliest token's weight; 2**22 such tokens still sum within 63 bits
@@ -112,11 +113,7 @@ class Sampler:
         return setup
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        """A copy on the device, for which the host does not wait."""
-        tensor = torch.from_numpy(np.ascontiguousarray(values))
-        if self.device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        return to_device(values, self.device)
 
     def _indices(self, numbers: list[int]) -> torch.Tensor:
         return self._to_device(np.array(numbers, np.int64))

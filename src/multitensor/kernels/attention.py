@@ -42,11 +42,11 @@ class HeadGroups:
     def split(self, q: torch.Tensor) -> torch.Tensor:
         """[n, query heads, D] -> [n, n_kv_heads, size, D]"""
         arranged = q if self._order is None else q.index_select(1, self._order)
-        return arranged.unflatten(1, (self.n_kv_heads, self.size))
+        return arranged.view(q.shape[0], self.n_kv_heads, self.size, q.shape[2])
 
     def merge(self, grouped: torch.Tensor) -> torch.Tensor:
         """[n, n_kv_heads, size, D] -> [n, query heads, D]"""
-        flat = grouped.flatten(1, 2)
+        flat = grouped.reshape(grouped.shape[0], self.n_kv_heads * self.size, grouped.shape[3])
         return flat if self._order is None else flat.index_select(1, self._places)
 
 
@@ -134,10 +134,15 @@ class _Attend:
 
     def _gather(self, cache: CacheTensor, slots: torch.Tensor, heads: slice) -> torch.Tensor:
         """[..., L] slots -> [..., heads, L, D] in the working dtype."""
+        places = slots if slots.dim() == 1 else slots.flatten()
         if isinstance(cache, QuantCache):
-            picked = self._read(cache, slots.flatten(), heads)
+            picked = self._read(cache, places, heads)
         else:
-            picked = cache.flatten(0, 1)[:, heads].index_select(0, slots.flatten()).to(self.dtype)
+            every = cache.view(-1, *cache.shape[2:])
+            some = every if heads.stop - heads.start >= every.shape[1] else every[:, heads]
+            picked = some.index_select(0, places)
+            if picked.dtype != self.dtype:
+                picked = picked.to(self.dtype)
         return picked.view(*slots.shape, *picked.shape[1:]).transpose(-2, -3)
 
     def _read(self, cache: QuantCache, slots: torch.Tensor, heads: slice) -> torch.Tensor:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from multitensor.kernels.host_copy import to_device
+
 KEY_ALIGNMENT = 16  # padded key counts are multiples of this, as fused GPU kernels want their masks
 
 
@@ -66,17 +68,16 @@ class AttentionInputs:
         sequence = np.repeat(np.arange(len(queries)), queries)
         positions = np.arange(int(queries.sum())) - starts[sequence] + contexts[sequence]
         slots = tables[sequence, positions // block_size] * block_size + positions % block_size
-
-        def to_device(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
+        # One copy for all.
+        numbers = to_device(np.concatenate((slots, positions, tables.ravel())), device)
+        on_device = numbers.split((len(slots), len(positions), tables.size))
         return AttentionInputs(
             query_lens=queries.tolist(),
             context_lens=contexts.tolist(),
             query_starts=starts.tolist(),
-            block_tables=to_device(tables),
-            slot_mapping=to_device(slots),
-            positions=to_device(positions),
+            block_tables=on_device[2].view(tables.shape),
+            slot_mapping=on_device[0],
+            positions=on_device[1],
             block_size=block_size,
         )
 
@@ -126,7 +127,7 @@ class AttentionInputs:
             [self.context_lens[s] + 1 - visible[s] for s in sequences],
             [visible[s] for s in sequences],
         ]
-        which, rows, first, seen = torch.tensor(numbers, dtype=torch.int64).to(device).unsqueeze(-1).unbind(0)
+        which, rows, first, seen = to_device(np.array(numbers, np.int64), device).unsqueeze(-1).unbind(0)
         steps = torch.arange(longest, device=device)
         positions = first + torch.minimum(steps, seen - 1)
         blocks = self.block_tables[which.squeeze(-1)].gather(1, positions // self.block_size)
