@@ -13,8 +13,10 @@ from random_weights import error
 
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cuda import matrix
+from multitensor.kernels.cuda.joined import join_tiles, tile_runs
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
+from multitensor.kernels.quant_tensor import QuantTensor
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="there is no C++ compiler")
 # Matrices of one launch begin at the same column of a super-block, so types of blocks of 256 and of 32 do not meet.
@@ -74,6 +76,25 @@ def test_expansion_is_exact(name: str, queue: emulated_cuda.Queue) -> None:
     found = TileKernels(torch.device("cpu")).expand(w, torch.float32, 16)
     assert queue.run(1, seed=3)
     assert torch.equal(found, numbers[16:].float())
+
+
+def test_matrices_whose_tiles_follow_one_another_are_expanded_at_once(
+    queue: emulated_cuda.Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As query, key and value are, and gate and up: the same numbers in fewer launches."""
+    at_once = emulated_cuda.AtOnce(queue.folder)
+    monkeypatch.setattr(matrix, "launch", at_once.launch)
+    made = [tiled(name, rows, 10 + rows) for name, rows in (("Q4_K", 48), ("Q4_K", 20), ("Q4_K", 16), ("Q6_K", 40))]
+    weights: dict[str, QuantTensor | torch.Tensor] = {str(i): w for i, (w, _) in enumerate(made)}
+    join_tiles(weights, [("0", "1", "2"), ("3", "missing")])
+    joined = [w for w in weights.values() if isinstance(w, TiledTensor)]
+    # The second ends within a group of rows, so that nothing may follow it.
+    assert [count for _, count in tile_runs(joined)] == [68, 16, 40]
+    assert [w.tiles.data_ptr() == before.tiles.data_ptr() for w, (before, _) in zip(joined, made, strict=True)] == [
+        *(False, False, True, True)
+    ]
+    found = TileKernels(torch.device("cpu")).expand_joined(joined, torch.float32)
+    assert torch.equal(found, torch.cat([numbers for _, numbers in made]).float())
 
 
 def test_embeddings_of_here_of_elsewhere_and_of_the_last_token(queue: emulated_cuda.Queue) -> None:

@@ -10,7 +10,7 @@ import torch
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
-from multitensor.kernels.cuda.joined import join_planes, joined_plane
+from multitensor.kernels.cuda.joined import join_planes, join_tiles, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.small_batch import MAX_TOKENS as SMALL_BATCH_TOKENS
@@ -54,7 +54,9 @@ class CudaKernels(Kernels):
         return adopted
 
     def join(self, weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:
+        groups = list(groups)
         join_planes(weights, groups)
+        join_tiles(weights, groups)
 
     def _expander(self, w: TiledTensor, rows: slice | torch.Tensor | None) -> torch.Tensor:
         if isinstance(rows, torch.Tensor):

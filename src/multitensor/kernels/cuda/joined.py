@@ -1,13 +1,60 @@
-"""Float matrices that take the same activations, one behind the other in memory: one product instead of several."""
+"""Matrices that take the same activations, one behind the other in memory: of floats, one product instead of several;
+in tiles, one expansion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
 
+from multitensor.kernels.cuda.tiles import ROWS, TiledTensor
 from multitensor.kernels.quant_tensor import QuantTensor
+
+
+def join_tiles(weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:
+    """Moves the tiles of neighbours in each group of names next to each other, in place, where `run_on` lets them be
+    one matrix: the tensors become views of one. Only one group is in memory twice."""
+    for names in groups:
+        tiled = {name: w for name in names if isinstance(w := weights.get(name), TiledTensor)}
+        for run in _runs(tiled):
+            whole = torch.cat([tiled[name].tiles for name in run])
+            parts = whole.split([tiled[name].tiles.shape[0] for name in run])
+            for name, tiles in zip(run, parts, strict=True):
+                weights[name] = replace(tiled.pop(name), planes={"tiles": tiles})
+            if whole.is_cuda:
+                torch.cuda.empty_cache()
+
+
+def _runs(tiled: Mapping[str, TiledTensor]) -> list[list[str]]:
+    """Names of two and more neighbours that can be one matrix."""
+    runs: list[list[str]] = []
+    for name, w in tiled.items():
+        if runs and run_on(tiled[runs[-1][-1]], w):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return [run for run in runs if len(run) > 1]
+
+
+def run_on(first: TiledTensor, second: TiledTensor) -> bool:
+    """Whether the second one's rows could follow the first one's as if both were one matrix."""
+    alike = first.type.name == second.type.name and first.cols == second.cols and first.phase == second.phase
+    return alike and first.rows % ROWS == 0
+
+
+def tile_runs(weights: Sequence[TiledTensor]) -> list[tuple[TiledTensor, int]]:
+    """The matrices, with those whose tiles do follow one another as one: (the first of them, rows of all)."""
+    runs: list[tuple[TiledTensor, int]] = []
+    last, end = weights[0], -1
+    for w in weights:
+        at = w.tiles.data_ptr()
+        if at == end and run_on(last, w):
+            runs[-1] = (runs[-1][0], runs[-1][1] + w.rows)
+        else:
+            runs.append((w, w.rows))
+        last, end = w, at + w.tiles.numel()
+    return runs
 
 
 def join_planes(weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from multitensor.kernels.cuda.joined import tile_runs
 from multitensor.kernels.cuda.program import Program, launch, shared_limit
 from multitensor.kernels.cuda.tiles import ROWS, TILE_BYTES, TiledTensor, pair_of_types
 
@@ -111,11 +112,12 @@ class TileKernels:
 
     def expand_joined(self, weights: Sequence[TiledTensor], dtype: torch.dtype) -> torch.Tensor:
         """The numbers of weights of equal columns, one behind the other: [all rows, cols]."""
-        rows = [w.rows for w in weights]
+        runs = tile_runs(weights)
+        rows = [count for _, count in runs]
         out = torch.empty((sum(rows), weights[0].cols), dtype=dtype, device=self.device)
-        parts = out.split_with_sizes(rows) if len(rows) > 1 else (out,)
-        for w, part in zip(weights, parts, strict=True):
-            self._expand(w, part, 0, -(-w.rows // ROWS), w.rows, None)
+        parts = out.split_with_sizes(rows) if len(runs) > 1 else (out,)
+        for (w, count), part in zip(runs, parts, strict=True):
+            self._expand(w, part, 0, -(-count // ROWS), count, None)
         return out
 
     def gather(self, w: TiledTensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
