@@ -7,6 +7,7 @@ import torch
 
 from multitensor.kernels.attention import paged_attention, write_kv
 from multitensor.kernels.attention_inputs import AttentionInputs
+from multitensor.kernels.prompt_attention import PromptAttention
 
 
 class Case:
@@ -69,11 +70,16 @@ class Case:
                 row += 1
         return out
 
-    def check(self, window: int | None = None, softcap: float | None = None, tolerance: float = 3e-6) -> None:
+    def check(
+        self,
+        window: int | None = None,
+        softcap: float | None = None,
+        tolerance: float = 3e-6,
+        prompts: PromptAttention | None = None,
+    ) -> None:
         scale = 0.3
-        got = paged_attention(
-            self.q, self.k_cache, self.v_cache, self.inputs, self.kv_map, scale, window=window, softcap=softcap
-        )
+        caches = self.k_cache, self.v_cache
+        got = paged_attention(self.q, *caches, self.inputs, self.kv_map, scale, window, softcap, prompts)
         assert got.dtype == self.q.dtype
         assert got.shape == self.q.shape
         np.testing.assert_allclose(got.cpu().double().numpy(), self.dense(scale, window, softcap), atol=tolerance)

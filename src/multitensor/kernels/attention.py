@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
+from multitensor.kernels.prompt_attention import PromptAttention
 
 SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
 WINDOW_QUERIES = 256
@@ -87,18 +88,20 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    prompts: PromptAttention | None = None,
 ) -> torch.Tensor:
     """q [T, query heads, D] attends to its sequences' cached keys, the step's own (already written) included.
 
     The query at position p sees positions (p - window, p]; scores are scaled, then softcap * tanh(score / softcap).
-    Caches: [blocks, block_size, KV heads, D]. Returns [T, query heads, D] in q's dtype.
+    Caches: [blocks, block_size, KV heads, D]. Returns [T, query heads, D] in q's dtype. prompts: a way for sequences of
+    several new tokens that see all before them.
     """
     if q.numel() == 0:
         return torch.empty_like(q)
     groups = kv_map if isinstance(kv_map, HeadGroups) else HeadGroups(kv_map, k_cache.shape[2], q.device)
     grouped = groups.split(q.to(working_dtype(q, k_cache, softcap)))
     out = torch.empty_like(grouped)
-    attend = _Attend(k_cache, v_cache, inputs, grouped.dtype, scale, window, softcap)
+    attend = _Attend(k_cache, v_cache, inputs, grouped.dtype, scale, window, softcap, prompts)
     batched = inputs.has_decodes and batches_decodes(q.device)
     if batched:
         attend.decode(grouped, out)
@@ -121,9 +124,10 @@ class _Attend:
         scale: float,
         window: int | None,
         softcap: float | None,
+        prompts: PromptAttention | None,
     ) -> None:
         self.keys, self.values, self.inputs, self.dtype = keys, values, inputs, dtype
-        self.scale, self.window, self.softcap = scale, window, softcap
+        self.scale, self.window, self.softcap, self.prompts = scale, window, softcap, prompts
         # On a GPU torch's float32 attention may build all scores at once or round through TF32.
         self.fused = softcap is None and (keys.device.type == "cpu" or dtype != torch.float32)
 
@@ -177,7 +181,12 @@ class _Attend:
             q, out, k, v = (x.unsqueeze(0) for x in (q.squeeze(2), out.squeeze(2), k, v))
             out.copy_(F.scaled_dot_product_attention(q, k, v, scale=self.scale))
             return
-        if self.fused and context == 0 and (self.window is None or n <= self.window):
+        sees_all = self.window is None or context + n <= self.window
+        if self.fused and sees_all and self.prompts is not None:
+            shape = (1, heads * group, n, -1)
+            if self.prompts.attend(q.view(shape), k.unsqueeze(0), v.unsqueeze(0), out.view(shape), self.scale):
+                return
+        if self.fused and sees_all and context == 0:
             expanded = (heads, group, *k.shape[1:])
             k, v = k.unsqueeze(1).expand(expanded), v.unsqueeze(1).expand(expanded)
             out.copy_(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale))

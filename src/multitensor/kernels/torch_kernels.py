@@ -12,6 +12,7 @@ from multitensor.kernels.attention import HeadGroups
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.projection import Projection
+from multitensor.kernels.prompt_attention import PromptAttention
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.rows import Rows
 
@@ -27,6 +28,7 @@ class Kernels:
     def __init__(self, device: torch.device, exact: bool) -> None:
         self.device = device
         self.exact = exact
+        self.prompt_attention: PromptAttention | None = None
         self._head_groups: dict[tuple[tuple[int, ...], int], HeadGroups] = {}
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
@@ -216,7 +218,8 @@ class Kernels:
         groups = self._head_groups.get(key)
         if groups is None:
             groups = self._head_groups[key] = HeadGroups(*key, q.device)
-        return reference.paged_attention(q, k_cache, v_cache, inputs, groups, scale, window, softcap)
+        prompts = self.prompt_attention
+        return reference.paged_attention(q, k_cache, v_cache, inputs, groups, scale, window, softcap, prompts)
 
     def gated_activation(
         self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]

@@ -203,7 +203,9 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     """Everything that is neither weights nor KV. Work is done one phase at a time, so the largest phase counts."""
     spec, tokens, on_cpu = plan.spec, plan.max_batch_tokens, rank.device.kind == "cpu"
     element = DTYPE_BYTES[plan.dtype]
-    attention = (2 * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
+    # Queries, keys, values and the result; on a GPU two parts of the result too, that are joined (prompt_attention.py).
+    of_queries = 2 if on_cpu else 4
+    attention = (of_queries * rank.query_heads.size + 2 * rank.kv_heads.size) * spec.head_dim
     # The residual stream and a temporary of it in float32; normed input, partial sum; the widest phase beside them.
     activations = tokens * (8 * spec.hidden_size + element * (2 * spec.hidden_size + max(attention, 3 * rank.ffn.size)))
     # A rank's own logits and those gathered from all ranks, in float32.
