@@ -108,7 +108,9 @@ def paged_attention(
     for sequence, length in enumerate(inputs.query_lens):
         if length > 1 or (length == 1 and not batched):
             start = inputs.query_starts[sequence]
-            attend.sequence(sequence, grouped[start : start + length], out[start : start + length])
+            rows = slice(start, start + length)
+            alone = length == q.shape[0]
+            attend.sequence(sequence, grouped if alone else grouped[rows], out if alone else out[rows])
     return groups.merge(out).to(q.dtype)
 
 
@@ -170,7 +172,10 @@ class _Attend:
             heads = slice(head, head + step)
             k = self._gather(self.keys, slots, heads)
             v = self._gather(self.values, slots, heads)
-            self._prefill(q[:, heads].permute(1, 2, 0, 3), k, v, context, first, out[:, heads].permute(1, 2, 0, 3))
+            # Nothing is cut that need not be: a short prompt on a GPU waits for the host.
+            all_heads = step >= q.shape[1]
+            some, places = (x if all_heads else x[:, heads] for x in (q, out))
+            self._prefill(some.permute(1, 2, 0, 3), k, v, context, first, places.permute(1, 2, 0, 3))
 
     def _prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, first: int, out: torch.Tensor
