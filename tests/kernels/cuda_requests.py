@@ -15,11 +15,23 @@ import torch
 from multitensor.config import KV_GROUP
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cache_tensor import make_cache
-from multitensor.kernels.cuda import chunks, decode, flags, float_matrix, layer, matrix, prefill, reduce, small_batch
+from multitensor.kernels.cuda import (
+    chunks,
+    decode,
+    flags,
+    float_matrix,
+    int8,
+    layer,
+    matrix,
+    prefill,
+    reduce,
+    small_batch,
+)
 from multitensor.kernels.cuda.chunks import ChunkKernels, WireName
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.flags import Flags
 from multitensor.kernels.cuda.float_matrix import LARGE, SMALL, FloatKernels
+from multitensor.kernels.cuda.int8 import Int8Products
 from multitensor.kernels.cuda.layer import LayerKernel, LayerShape, Places
 from multitensor.kernels.cuda.layer_weights import FloatRows, Tiles
 from multitensor.kernels.cuda.matrix import TileKernels
@@ -61,7 +73,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (chunks, decode, flags, float_matrix, layer, matrix, prefill, reduce, small_batch):
+        for module in (chunks, decode, flags, float_matrix, int8, layer, matrix, prefill, reduce, small_batch):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -164,6 +176,7 @@ def prefill_requests(turn: int) -> None:
         kernels.rope_write_kv(qkv, projection, angles, angles, cache, cache, slots)
     for dtype in HALVES:
         kernels.gated_activation(torch.zeros(1, 8, dtype=dtype), torch.zeros(1, 8, dtype=dtype), "silu")
+        Int8Products(CPU, 1 << 20).quantise(torch.zeros(1, 64, dtype=dtype))
 
 
 def peer_requests(turn: int) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from multitensor.config import PROMPT_ATTENTION, Q8_WIRE, EngineConfig
+from multitensor.config import Q8_WIRE, EngineConfig
 from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
 from multitensor.engine.executor import Progress
 from multitensor.engine.rank_clock import RankClock
@@ -20,7 +20,6 @@ from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
 from multitensor.kernels.host_copy import to_device
-from multitensor.kernels.prompt_attention import PromptAttention
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
@@ -111,8 +110,7 @@ class ModelRunner:
         self.clock = RankClock(group, device)
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.kernels = make_kernels(device, config.exact)
-        if PROMPT_ATTENTION in config.experimental and self.kernels.name == "cuda":
-            self.kernels.prompt_attention = PromptAttention(device)
+        self.kernels.try_out(config.experimental)
         group.kernels = self.kernels
         self.weights: dict[str, QuantTensor | torch.Tensor] = {}
         self.caches: list[KVCache] = []

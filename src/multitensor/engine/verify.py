@@ -78,8 +78,9 @@ class Tolerance:
 
 def rounds_to_8_bits(runner: ModelRunner) -> bool:
     """Whether activations are rounded to 8 bits before they meet quantised weights: the native CPU kernels do, where
-    exactness was not asked for; plain torch, which stands in where they are not built, does not."""
-    return not runner.config.exact and runner.kernels.name == "native"
+    exactness was not asked for; plain torch, which stands in where they are not built, does not; GPUs do it to prompts
+    where asked to."""
+    return not runner.config.exact and (runner.kernels.name == "native" or runner.kernels.rounds_prompts)
 
 
 def tolerance(config: EngineConfig, plan: Plan, *, rounded: bool) -> Tolerance:

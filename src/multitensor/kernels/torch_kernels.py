@@ -24,12 +24,16 @@ class Kernels:
     """
 
     name = "torch"
+    prompt_attention: PromptAttention | None = None
+    rounds_prompts = False  # whether activations of long prompts are rounded to 8 bits
 
     def __init__(self, device: torch.device, exact: bool) -> None:
         self.device = device
         self.exact = exact
-        self.prompt_attention: PromptAttention | None = None
         self._head_groups: dict[tuple[tuple[int, ...], int], HeadGroups] = {}
+
+    def try_out(self, experimental: frozenset[str]) -> None:
+        """Takes up ways that are asked for by name (EngineConfig.experimental), where it has them."""
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
         """Some of a rank's weights, just loaded, in the layout that these kernels want: once each, before the model is

@@ -7,9 +7,11 @@ from typing import Literal
 
 import torch
 
+from multitensor.config import INT8_PROMPTS, PROMPT_ATTENTION
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
+from multitensor.kernels.cuda.int8 import Int8Products, is_int8_possible
 from multitensor.kernels.cuda.joined import join_planes, join_tiles, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
@@ -17,6 +19,7 @@ from multitensor.kernels.cuda.small_batch import MAX_TOKENS as SMALL_BATCH_TOKEN
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
 from multitensor.kernels.projection import Projection
+from multitensor.kernels.prompt_attention import PromptAttention
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.rows import Here, Rows
 from multitensor.kernels.torch_kernels import Kernels
@@ -30,6 +33,7 @@ class CudaKernels(Kernels):
     """Quantised matrices lie in tiles (tiles.py), with not a bit of a weight changed."""
 
     name = "cuda"
+    int8_products: Int8Products | None = None
 
     def __init__(self, device: torch.device, exact: bool) -> None:
         super().__init__(device, exact)
@@ -38,6 +42,13 @@ class CudaKernels(Kernels):
         self.float_kernels = FloatKernels(device)
         self.decode_kernels = DecodeKernels(device)
         self.prefill_kernels = PrefillKernels(device)
+
+    def try_out(self, experimental: frozenset[str]) -> None:
+        if PROMPT_ATTENTION in experimental:
+            self.prompt_attention = PromptAttention(self.device)
+        if INT8_PROMPTS in experimental and is_int8_possible(self.device):
+            self.int8_products = Int8Products(self.device, EXPAND_BYTES)
+            self.rounds_prompts = True
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
         """Packs every quantised matrix into tiles, one at a time, dropping its planes; `weights` is emptied."""
@@ -267,6 +278,10 @@ class CudaKernels(Kernels):
     ) -> torch.Tensor | None:
         """x [T, cols] times float weights that lie one behind the other, or tiled ones that fit the scratch together
         -> [T, all rows]; None for others."""
+        if self.int8_products is not None:
+            y = self._int8_product(self.int8_products, x, weights, biases)
+            if y is not None:
+                return y
         tiled = self._tiled(weights, x)
         if tiled is not None and self._fit_together(tiled, x.dtype):
             return _product(x, self.tile_kernels.expand_joined(tiled, x.dtype), joined_biases(biases, weights))
@@ -277,6 +292,29 @@ class CudaKernels(Kernels):
         y = self.float_kernels.multiply(x, plane) if few else torch.mm(x, plane.T)
         bias = joined_biases(biases, weights)
         return y if bias is None else y.add_(bias.to(y.dtype))
+
+    def _int8_product(
+        self,
+        int8: Int8Products,
+        x: torch.Tensor,
+        weights: Sequence[QuantTensor],
+        biases: Sequence[torch.Tensor | None] | None,
+    ) -> torch.Tensor | None:
+        """The same with all of them rounded to 8 bits, where these are many tokens."""
+        rows = [w.rows for w in weights]
+        if not int8.takes(x, rows) or not self._expands((Here(x),), weights):
+            return None
+        few = int8.rows_at_a_time(*x.shape)
+        return int8.multiply(x, self._few_rows(weights, x.dtype, few), joined_biases(biases, weights), sum(rows))
+
+    def _few_rows(self, weights: Sequence[QuantTensor], dtype: torch.dtype, few: int) -> Iterator[torch.Tensor]:
+        """The weights' numbers, one behind the other, so many rows at a time."""
+        for w in weights:
+            for first in range(0, w.rows, few):
+                if isinstance(w, TiledTensor):
+                    yield self.tile_kernels.expand(w, dtype, first, few)
+                else:
+                    yield w.planes["weight"][first : first + few]
 
     @staticmethod
     def _float_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
