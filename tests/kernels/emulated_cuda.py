@@ -8,9 +8,12 @@ within an instruction, speed.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,14 +126,31 @@ def build(
             _CALL + _DRIVER,
         )
     )
-    cpp, library = folder / f"{kernel}.cpp", folder / f"{kernel}.so"
-    cpp.write_text(text)
-    options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{_HERE}"]
-    result = subprocess.run([found, *options, str(cpp), "-o", str(library)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[:4000]
+    library = _compiled(text, folder, kernel)
     loaded = ctypes.CDLL(str(library))
     loaded.run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint]
     return loaded
+
+
+def _compiled(text: str, folder: Path, name: str) -> Path:
+    """The library of this C++, compiled once for all the tests of a run, whatever process they are in: beside the
+    folders of tests that pytest makes, of which `folder` is one."""
+    found = compiler()
+    assert found is not None
+    shared = folder.parent
+    if shared.name.startswith("popen-"):  # a worker's, when several run
+        shared = shared.parent
+    digest = hashlib.sha256(text.encode()).hexdigest()[:32]
+    library = shared / f"{name}-{digest}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=shared) as own:
+            cpp, made = Path(own) / f"{name}.cpp", Path(own) / f"{name}.so"
+            cpp.write_text(text)
+            options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{_HERE}"]
+            result = subprocess.run([found, *options, str(cpp), "-o", str(made)], capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr[:4000]
+            os.replace(made, library)
+    return library
 
 
 def to_host(text: str) -> str:
@@ -233,9 +253,7 @@ class Queue:
         program, name, _, first = self.launches[0]
         key = repr((program.sources, program.defines, name))
         if key not in self.libraries:
-            place = self.folder / str(len(self.libraries))
-            place.mkdir()
-            self.libraries[key] = build(program.sources, program.defines, name, len(first), place)
+            self.libraries[key] = build(program.sources, program.defines, name, len(first), self.folder)
         values = [[_c_value(a) for a in arguments] for *_, arguments in self.launches]
         flat = [ctypes.addressof(value) for row in values for value in row]
         table = (ctypes.c_void_p * len(flat))(*flat)
