@@ -7,6 +7,7 @@ within an instruction, speed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -26,6 +27,7 @@ import torch
 from multitensor.kernels.cuda.program import source_text
 
 _HERE = Path(__file__).parent
+_OPTIONS = ("-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off")
 _DRIVER = """
 extern "C" int run(int ranks, int launches, const int (*shapes)[4], void* const* arguments, unsigned seed) {
     std::vector<std::vector<Launch>> all(ranks);
@@ -146,11 +148,26 @@ def _compiled(text: str, folder: Path, name: str) -> Path:
         with tempfile.TemporaryDirectory(dir=shared) as own:
             cpp, made = Path(own) / f"{name}.cpp", Path(own) / f"{name}.so"
             cpp.write_text(text)
-            options = ["-O1", "-std=c++17", "-w", "-shared", "-fPIC", "-ffp-contract=off", f"-I{_HERE}"]
-            result = subprocess.run([found, *options, str(cpp), "-o", str(made)], capture_output=True, text=True)
+            command = [found, *_OPTIONS, f"-I{_header(found, shared)}", str(cpp), "-o", str(made)]
+            result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr[:4000]
             os.replace(made, library)
     return library
+
+
+def _header(found: str, shared: Path) -> Path:
+    """Where simt.h lies, with what the compiler has made of it in advance. One that cannot do so reads it anew."""
+    folder = shared / "simt"
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=shared) as own:
+            made = Path(own) / "simt"
+            made.mkdir()
+            header = shutil.copy(_HERE / "simt.h", made)
+            command = [found, *_OPTIONS, "-x", "c++-header", header, "-o", f"{header}.gch"]
+            subprocess.run(command, capture_output=True, check=False)
+            with contextlib.suppress(OSError):  # another process was first
+                made.rename(folder)
+    return folder
 
 
 def to_host(text: str) -> str:
