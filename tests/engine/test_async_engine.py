@@ -204,7 +204,7 @@ def test_it_gives_up_when_the_ranks_cannot_be_started_again() -> None:
     async def test(engine: AsyncEngine, opener: Opener) -> None:
         opener.failures = [RankFailed(f"gone {i}") for i in range(10)]
         opener.executors[0].lost = True
-        await until(lambda: not engine._thread.is_alive())  # type: ignore[union-attr]
+        await until(lambda: not engine._thread.alive)
         assert engine.given_up
         assert len(opener.failures) == 7 and engine.failure == "gone 2" and not engine.ready
         with pytest.raises(RankFailed, match="gone 2"):

@@ -1,46 +1,30 @@
-"""The engine for many tasks of one event loop: it runs on a thread of its own, and is opened again when a rank dies.
-
-The thread takes commands (a new request, a cancellation, a call) between steps, and hands the news of a step to the
-event loop in one callback. Nothing of the engine is touched by the event loop but numbers for statistics.
+"""The engine for many tasks of one event loop. It runs on a thread of its own (engine_thread.py), which takes commands,
+as a new request, a cancellation or a call, between steps, and hands the news of a step to the event loop in one
+callback. Nothing of the engine is touched by the event loop but numbers for statistics.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from typing import Any
 
 from multitensor.config import EngineConfig
 from multitensor.engine.engine import Engine
+from multitensor.engine.engine_thread import EngineThread
 from multitensor.engine.request import RequestOutput, SamplingParams
-from multitensor.engine.request_state import EmbedRequest, Request
+from multitensor.engine.request_state import EmbedRequest, ReadRequest, Request
 from multitensor.engine.request_stream import RequestChannel, RequestStream
-from multitensor.engine.statistics import EngineSnapshot, TokenRate, Totals
+from multitensor.engine.statistics import EngineSnapshot
 from multitensor.errors import Overloaded, RankFailed
 from multitensor.sharding.plan import Plan
 
-logger = logging.getLogger(__name__)
-
-HEALTH_SECONDS = 0.2  # how often an idle engine looks whether its ranks are alive
 STOP_SECONDS = 30.0
-STABLE_SECONDS = 60.0  # ranks that lived so long do not count as failing again and again
 
 News = list[tuple[RequestChannel, RequestOutput]]
-
-
-@dataclass(frozen=True)
-class _Command:
-    """For the engine's thread: done between steps, or refused when there is no engine."""
-
-    run: Callable[[Engine], None]
-    refuse: Callable[[Exception], None]
 
 
 class AsyncEngine:
@@ -60,61 +44,58 @@ class AsyncEngine:
     ) -> None:
         self.max_waiting = max_waiting
         self.max_waiting_per_key = max_waiting_per_key
-        self.failure: str | None = None
-        self._open_engine = open_engine
-        self._restart_attempts = restart_attempts
-        self._backoff = backoff
-        self._commands: queue.SimpleQueue[_Command | None] = queue.SimpleQueue()  # None only wakes the thread
-        self._engine: Engine | None = None
-        self._latest: Engine | None = None  # the one above, or the one before it while there is none
+        self._thread = EngineThread(
+            open_engine, self._deliver, self._lost, restart_attempts=restart_attempts, backoff=backoff
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
         self._channels: set[RequestChannel] = set()  # the event loop's; those that have not ended
         self._served: dict[Request, RequestChannel] = {}  # the thread's
         self._embedding: dict[EmbedRequest, asyncio.Future[list[float]]] = {}  # the thread's
         self._embeds = asyncio.Semaphore(max_waiting)
         self._calls: set[asyncio.Future[Any]] = set()
         self._draining = False
-        self._abandon = threading.Event()
-        self._restarts = 0
-        self._memory: tuple[dict[str, int], ...] = ()
-        self._totals = Totals()
-        self._rate = TokenRate()
 
     # --- its life ---
 
     async def start(self) -> None:
         """Returns when the model is ready; raises what opening it raised."""
-        if self._thread is not None:
-            raise RuntimeError("this engine has been started before")
-        self._loop = asyncio.get_running_loop()
-        opened: asyncio.Future[None] = self._loop.create_future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="engine", daemon=True)
-        self._thread.start()
+        loop = self._loop = asyncio.get_running_loop()
+        opened: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: BaseException | None) -> None:
+            if error is None:
+                self._post(_resolve, opened, None)
+            else:
+                self._draining = True
+                self._post(_reject, opened, error)
+
+        self._thread.start(tell)
         await opened
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Takes no more requests, gives those under way `drain_seconds`, then ends them (RankFailed) and the ranks."""
         self._draining = True
-        if self._thread is None:
-            return
         deadline = time.monotonic() + drain_seconds
-        while (self._channels or self._calls) and time.monotonic() < deadline and self._thread.is_alive():
+        while (self._channels or self._calls) and time.monotonic() < deadline and self._thread.alive:
             await asyncio.sleep(0.02)
-        self._abandon.set()
-        self._commands.put(None)
+        self._thread.stop()
         # Loading cannot be interrupted; ranks that are still being started then end with the process.
         await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     @property
     def ready(self) -> bool:
         """Whether a request would be taken up (unless too many wait)."""
-        return self._engine is not None and not self._draining
+        return self._thread.engine is not None and not self._draining
 
     @property
     def given_up(self) -> bool:
         """The ranks could not be started again; only a new process can help. `failure` says why."""
-        return self._thread is not None and not self._thread.is_alive() and not self._abandon.is_set()
+        return self._thread.given_up
+
+    @property
+    def failure(self) -> str | None:
+        """Why there are no ranks, or why opening them failed last; None when all is well."""
+        return self._thread.failure
 
     @property
     def plan(self) -> Plan:
@@ -136,9 +117,9 @@ class AsyncEngine:
 
     @property
     def _known(self) -> Engine:
-        if self._latest is None:
+        if self._thread.latest is None:
             raise RuntimeError("the engine has not been started")
-        return self._latest
+        return self._thread.latest
 
     # --- requests ---
 
@@ -170,7 +151,7 @@ class AsyncEngine:
             self._post(channel.admit)
 
         self._channels.add(channel)
-        self._commands.put(_Command(add, lambda error: self._post(self._fail, [channel], error)))
+        self._thread.put(add, lambda error: self._post(self._fail, [channel], error))
         return RequestStream(channel, self._cancel)
 
     async def embed(self, ids: SequenceOf[int], *, key: str = "") -> list[float]:
@@ -201,13 +182,13 @@ class AsyncEngine:
     async def memory(self) -> list[dict[str, int]]:
         """Bytes that each rank holds, measured between steps."""
         measured = await self._between_steps(lambda engine: engine.call("memory"))
-        self._memory = tuple(measured)
+        self._thread.memory = tuple(measured)
         return list(measured)
 
     def _require_ready(self) -> None:
         if self._draining:
             raise Overloaded("the server is shutting down; ask again later")
-        if self._engine is None:
+        if self._thread.engine is None:
             raise RankFailed(self.failure or "the model is not ready")
 
     def _admit(self, key: str) -> None:
@@ -231,7 +212,7 @@ class AsyncEngine:
                 engine.cancel(channel.request)
             self._post(self._channels.discard, channel)
 
-        self._commands.put(_Command(cancel, lambda _: self._post(self._channels.discard, channel)))
+        self._thread.put(cancel, lambda _: self._post(self._channels.discard, channel))
 
     async def _between_steps(self, work: Callable[[Engine], Any]) -> Any:
         """Runs it in the engine's thread."""
@@ -251,10 +232,10 @@ class AsyncEngine:
         """Has the engine's thread run what resolves the future sooner or later, and cancel it if nobody waits."""
         self._calls.add(future)
         try:
-            self._commands.put(_Command(run, lambda error: self._post(_reject, future, error)))
+            self._thread.put(run, lambda error: self._post(_reject, future, error))
             return await future
         except asyncio.CancelledError:
-            self._commands.put(_Command(cancel, lambda error: None))
+            self._thread.put(cancel, lambda error: None)
             raise
         finally:
             self._calls.discard(future)
@@ -263,18 +244,18 @@ class AsyncEngine:
 
     def stats(self) -> EngineSnapshot:
         """Counters as they are at this moment; does not wait for the engine."""
-        engine = self._known
-        load = engine.load()
-        current = engine.stats if self._engine else None
-        seconds, totals = self._totals.seconds(current), self._totals.counts(current)
+        thread, engine = self._thread, self._known
+        load, works = engine.load(), thread.engine is not None
+        current = engine.stats if works else None
+        seconds, totals = thread.totals.seconds(current), thread.totals.counts(current)
         reductions = [reduction for _, reduction in seconds if reduction is not None]
         return EngineSnapshot(
             ready=self.ready,
             failure=self.failure,
-            running=load.running if self._engine else 0,
+            running=load.running if works else 0,
             waiting=sum(channel.waiting for channel in self._channels),
-            kv_used=load.kv_used if self._engine else 0,
-            kv_cached=load.kv_cached if self._engine else 0,
+            kv_used=load.kv_used if works else 0,
+            kv_cached=load.kv_cached if works else 0,
             kv_total=load.kv_total,
             prefix_hits=int(totals["prefix_hits"]),
             prefix_queries=int(totals["prefix_queries"]),
@@ -284,129 +265,35 @@ class AsyncEngine:
             preemptions=int(totals["preemptions"]),
             prefill_seconds=totals["prefill_seconds"],
             decode_seconds=totals["decode_seconds"],
-            tokens_per_second=self._rate.read(),
-            restarts=self._restarts,
-            memory=self._memory,
+            tokens_per_second=thread.rate.read(),
+            restarts=thread.restarts,
+            memory=thread.memory,
             compute_seconds=tuple(compute for compute, _ in seconds) or None,
             reduction_seconds=tuple(reductions) if seconds and len(reductions) == len(seconds) else None,
         )
 
-    # --- the engine's thread ---
+    # --- in the engine's thread ---
 
-    def _run(self, opened: asyncio.Future[None]) -> None:
-        try:
-            engine = self._begin()
-        except BaseException as error:
-            self.failure = _reason(error)
-            self._draining = True
-            self._post(_reject, opened, error)
-            return
-        self._post(_resolve, opened, None)
-        attempts = 0
-        while True:
-            since = time.monotonic()
-            try:
-                self._serve(engine)
-            except Exception as error:
-                self.failure = _reason(error)
-                logger.error("the ranks failed: %s", self.failure, exc_info=not isinstance(error, RankFailed))
-            self._end(engine, RankFailed(self.failure or "the engine was stopped before the answer was complete"))
-            attempts = 0 if time.monotonic() - since > STABLE_SECONDS else attempts
-            again, attempts = self._reopen(attempts)
-            if again is None:
-                return
-            engine = again
-
-    def _begin(self) -> Engine:
-        engine = self._open_engine()
-        try:
-            self._memory = tuple(engine.call("memory"))
-        except BaseException:
-            engine.close()
-            raise
-        self._latest = self._engine = engine
-        self.failure = None
-        return engine
-
-    def _serve(self, engine: Engine) -> None:
-        """Until it is told to stop; raises RankFailed."""
-        while not self._abandon.is_set():
-            for command in self._take(wait=not engine.is_busy):
-                try:
-                    command.run(engine)
-                except RankFailed as error:
-                    command.refuse(error)
-                    raise
-                except Exception as error:
-                    command.refuse(error)
-            if engine.is_busy:
-                before = engine.stats.generated_tokens
-                self._deliver(engine.step())
-                self._rate.count(engine.stats.generated_tokens - before)
-            else:
-                engine.check()
-
-    def _take(self, wait: bool) -> Iterator[_Command]:
-        """The commands at hand; wait: HEALTH_SECONDS at most for the first."""
-        with contextlib.suppress(queue.Empty):
-            command = self._commands.get(wait, HEALTH_SECONDS if wait else None)
-            while True:
-                if command is not None:
-                    yield command
-                command = self._commands.get_nowait()
-
-    def _deliver(self, requests: list[Any]) -> None:
+    def _deliver(self, requests: list[Request | ReadRequest]) -> None:
         news: News = []
         for request in requests:
             if isinstance(request, EmbedRequest):
                 if request.finished and request in self._embedding:
                     self._post(_resolve, self._embedding.pop(request), request.vector())
                 continue
-            channel = self._served.get(request)
-            if channel is not None:
+            if isinstance(request, Request) and (channel := self._served.get(request)) is not None:
                 news.append((channel, request.output()))
                 if request.finished:
                     del self._served[request]
         if news:
             self._post(self._push, news)
 
-    def _end(self, engine: Engine, error: RankFailed) -> None:
-        """Everyone who waits is told first; ending the ranks takes time."""
-        self._engine = None
-        self._totals.keep(engine.stats)
+    def _lost(self, error: RankFailed) -> None:
         self._post(self._fail, list(self._served.values()), error)
         self._served = {}
         for future in self._embedding.values():
             self._post(_reject, future, RankFailed(str(error)))
         self._embedding = {}
-        for command in self._take(wait=False):
-            command.refuse(error)
-        engine.close()
-
-    def _reopen(self, attempts: int) -> tuple[Engine | None, int]:
-        """(The new engine, or None when it is to stop or has failed too often in a row; attempts so far)."""
-        while not self._abandon.is_set() and attempts < self._restart_attempts:
-            self._abandon.wait(min(self._backoff * 2**attempts, 30.0))
-            attempts += 1
-            self._refuse_all()
-            if self._abandon.is_set():
-                break
-            try:
-                engine = self._begin()
-            except Exception as error:
-                self.failure = _reason(error)
-                logger.error("the ranks could not be started again: %s", self.failure)
-                self._refuse_all()
-                continue
-            self._restarts += 1
-            logger.warning("the ranks were started again")
-            return engine, attempts
-        self._refuse_all()
-        return None, attempts
-
-    def _refuse_all(self) -> None:
-        for command in self._take(wait=False):
-            command.refuse(RankFailed(self.failure or "the engine was stopped"))
 
     # --- in the event loop ---
 
@@ -426,10 +313,6 @@ class AsyncEngine:
             # Each its own: a traceback grows where an exception is raised again.
             channel.fail(type(error)(str(error)))
             self._channels.discard(channel)
-
-
-def _reason(error: BaseException) -> str:
-    return str(error) if isinstance(error, RankFailed) else f"{type(error).__name__}: {error}"
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:

@@ -24,9 +24,12 @@ from multitensor.config import EngineConfig
 from multitensor.engine.engine import Engine
 from multitensor.engine.executor import Executor, Progress
 from multitensor.engine.prompts import (
+    Message,
     Prompt,
+    decode,
+    encode,
+    encode_chat,
     id_list,
-    need_tokenizer,
     params_list,
     parse_prompt,
     progress_bar,
@@ -44,8 +47,6 @@ from multitensor.sharding.report import with_ratios
 if TYPE_CHECKING:
     from multitensor.formats.tokenizer import Tokenizer
     from multitensor.sharding.memory import DeviceMemory
-
-Message = Mapping[str, Any]
 
 
 class LLM:
@@ -133,7 +134,7 @@ class LLM:
     ) -> LLM:
         """Over an executor whose ranks are ready (tests with ranks as threads). The LLM closes it."""
         llm = cls.__new__(cls)
-        llm._attach(executor, plan, config, tokenizer, checkpoint)
+        llm._attach(Engine(executor, plan, config, tokenizer), tokenizer, checkpoint)
         return llm
 
     def _start(
@@ -144,10 +145,8 @@ class LLM:
         before_ranks: Callable[[Tokenizer | None, Plan], None] | None = None,
         **settings: Any,
     ) -> None:
-        from multitensor.engine.prepare import prepare
-        from multitensor.engine.process_executor import ProcessExecutor
+        from multitensor.engine.open_engine import engine_opener
         from multitensor.engine.torchrun import torchrun_world
-        from multitensor.formats.tokenizer import load_tokenizer
 
         world = torchrun_world(os.environ)
         if world is not None and world.rank > 0:
@@ -156,33 +155,19 @@ class LLM:
             join_torchrun()
         if world is not None and not settings.get("devices") and settings.get("tensor_parallel_size") is None:
             settings["tensor_parallel_size"] = world.size  # torchrun's processes are the ranks
-        prepared = prepare(model, **settings)
-        tokenizer = load_tokenizer(prepared.checkpoint)
+        opener = engine_opener(model, progress=progress, **settings)
         if before_ranks is not None:
-            before_ranks(tokenizer, prepared.plan)
-        executor = ProcessExecutor()
-        try:
-            executor.start(prepared.plan, prepared.config, progress)
-        except BaseException:
-            executor.close()
-            raise
-        self._attach(executor, prepared.plan, prepared.config, tokenizer, prepared.checkpoint)
+            before_ranks(opener.tokenizer, opener.prepared.plan)
+        self._attach(opener(), opener.tokenizer, opener.prepared.checkpoint)
 
-    def _attach(
-        self,
-        executor: Executor,
-        plan: Plan,
-        config: EngineConfig,
-        tokenizer: Tokenizer | None,
-        checkpoint: Checkpoint | None,
-    ) -> None:
-        self._plan = plan
+    def _attach(self, engine: Engine, tokenizer: Tokenizer | None, checkpoint: Checkpoint | None) -> None:
+        self._plan = engine.plan
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
-        self._opened: Engine | None = Engine(executor, plan, config, tokenizer)
+        self._opened: Engine | None = engine
         self._in_use = threading.RLock()
         # Also when the last reference goes, or the interpreter, so that no rank outlives it.
-        self._finalizer = weakref.finalize(self, executor.close)
+        self._finalizer = weakref.finalize(self, engine.close)
 
     # --- what it is ---
 
@@ -339,17 +324,11 @@ class LLM:
     def tokenize(self, text: str, *, special: bool = False, bos: bool = False) -> list[int]:
         """Token ids of the text. special: names of control tokens become those tokens. bos: begin as the model's files
         ask for (with BOS, if they do)."""
-        if not isinstance(text, str):
-            raise InputError(f"tokenize: give a text, not {text!r}")
-        return self._need_tokenizer("tokenize").encode(text, special=special, bos=bos)
+        return encode(self._tokenizer, text, special=special, bos=bos)
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """Text of the ids, control tokens left out."""
-        tokenizer, known, size = self._need_tokenizer("detokenize"), id_list(ids), self._plan.spec.vocab_size
-        wrong = next((token for token in known if not 0 <= token < size), None)
-        if wrong is not None:
-            raise InputError(f"detokenize: {wrong} is not a token id of this model, which has 0 to {size - 1}")
-        return tokenizer.decode(known)
+        return decode(self._tokenizer, ids, self._plan.spec.vocab_size)
 
     def chat_ids(
         self,
@@ -359,14 +338,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Token ids of a conversation through the model's chat template, as `chat` and `stream` take them."""
-        tokenizer = self._need_tokenizer("chat")
-        from multitensor.formats.chat_template import render_chat
-
-        if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
-            raise InputError('chat: every message is a mapping such as {"role": "user", "content": "Hello"}')
-        conversation = [dict(message) for message in messages]
-        known = None if tools is None else [dict(tool) for tool in tools]
-        return render_chat(tokenizer, conversation, add_generation_prompt=add_generation_prompt, tools=known)
+        return encode_chat(self._tokenizer, messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     # --- looking at the model ---
 
@@ -424,9 +396,6 @@ class LLM:
         if self._opened is None:
             raise InputError("this LLM is closed; open the model again")
         return self._opened
-
-    def _need_tokenizer(self, what: str) -> Tokenizer:
-        return need_tokenizer(self._tokenizer, what)
 
 
 def _alias(name: str, value: int | None, alias: str, alias_value: int | None) -> int | None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from multitensor.formats.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+Message = Mapping[str, Any]
 
 VERIFY_TEXTS = (
     "The tide comes in twice a day, and the harbour fills with boats that have nowhere else to go.",
@@ -46,6 +47,40 @@ def need_tokenizer(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
         raise InputError(f"{what}: the model file has no vocabulary; give token ids instead of text")
     return tokenizer
+
+
+def encode(tokenizer: Tokenizer | None, text: object, *, special: bool, bos: bool) -> list[int]:
+    """Token ids of a text, as LLM.tokenize. Raises InputError."""
+    if not isinstance(text, str):
+        raise InputError(f"tokenize: give a text, not {text!r}")
+    return need_tokenizer(tokenizer, "tokenize").encode(text, special=special, bos=bos)
+
+
+def decode(tokenizer: Tokenizer | None, ids: object, vocab_size: int) -> str:
+    """The text of token ids, control tokens left out. vocab_size: rows that the model has. Raises InputError."""
+    found, known = need_tokenizer(tokenizer, "detokenize"), id_list(ids)
+    wrong = next((token for token in known if not 0 <= token < vocab_size), None)
+    if wrong is not None:
+        raise InputError(f"detokenize: {wrong} is not a token id of this model, which has 0 to {vocab_size - 1}")
+    return found.decode(known)
+
+
+def encode_chat(
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> list[int]:
+    """Token ids of a conversation through the model's chat template. Raises InputError."""
+    found = need_tokenizer(tokenizer, "chat")
+    from multitensor.formats.chat_template import render_chat
+
+    if isinstance(messages, str) or not all(isinstance(message, Mapping) for message in messages):
+        raise InputError('chat: every message is a mapping such as {"role": "user", "content": "Hello"}')
+    conversation = [dict(message) for message in messages]
+    known = None if tools is None else [dict(tool) for tool in tools]
+    return render_chat(found, conversation, add_generation_prompt=add_generation_prompt, tools=known)
 
 
 def parse_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> tuple[str | None, Sequence[int]]:
