@@ -101,7 +101,7 @@ class PrefillKernels:
         places = (self._rows, slot_mapping, *addresses(k_cache, v_cache), p.query_heads, p.kv_heads)
         arguments = (qkv, or_null(None), *norms, *turns, *places)
         launch(kernel, (-(-heads // 4), tokens), 128, 0, arguments, overlap=self.overlap)
-        return qkv.view(tokens, heads, p.head_dim).narrow(1, 0, p.query_heads)
+        return qkv.view(tokens, heads, p.head_dim)[:, : p.query_heads]
 
     def _rope_kernel(
         self, head_dim: int, block_size: int, dtype: torch.dtype, kind: torch.dtype | str, slot: torch.dtype
