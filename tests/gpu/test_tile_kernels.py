@@ -6,7 +6,9 @@ import pytest
 import torch
 from tiled_weights import error, weight
 
-from multitensor.kernels.cuda.tiles import TILE_BYTES
+from multitensor.kernels.cuda.joined import join_tiles, tile_runs
+from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
+from multitensor.kernels.quant_tensor import QuantTensor
 
 pytestmark = pytest.mark.gpu
 CUTS = [(40, 1024, 0, 1024), (264, 2048, 96, 96 + 1184), (2048, 4096, 0, 4096)]
@@ -90,3 +92,24 @@ def test_embedding_is_bit_for_bit(kernels, name: str) -> None:
     rows = [7, 0, 8, 39, None, None, 23, 16]
     wanted = torch.stack([torch.zeros(768, device="cuda") if r is None else numbers[r] * 0.75 for r in rows])
     assert torch.equal(found, wanted)
+
+
+def test_embeddings_of_a_prompt(kernels) -> None:
+    """Many more than a decode step has."""
+    tiled, numbers = weight("Q4_K", 1000, 768, 0, 768)
+    ids = torch.randint(0, 1100, (3000,), device="cuda", dtype=torch.int32)
+    found = kernels.embed(tiled, ids, ids, torch.zeros(1, dtype=torch.int64, device="cuda"), first=0, scale=1.0)
+    places = ids.long().clamp(max=999)
+    assert torch.equal(found, torch.where((ids < 1000).unsqueeze(1), numbers[places], 0.0))
+
+
+def test_matrices_whose_tiles_follow_one_another(kernels) -> None:
+    """Expanded at once: the same numbers."""
+    made = [weight(name, rows, 512, 0, 512, seed=rows) for name, rows in (("Q4_K", 96), ("Q4_K", 40), ("Q6_K", 48))]
+    weights: dict[str, QuantTensor | torch.Tensor] = {str(i): tiled for i, (tiled, _) in enumerate(made)}
+    join_tiles(weights, [("0", "1", "2")])
+    joined = [w for w in weights.values() if isinstance(w, TiledTensor)]
+    assert [rows for _, rows in tile_runs(joined)] == [136, 48]
+    for dtype in (torch.float16, torch.float32):
+        apart = torch.cat([kernels.expand(tiled, dtype) for tiled, _ in made])
+        assert torch.equal(kernels.expand_joined(joined, dtype), apart)

@@ -12,7 +12,8 @@ import torch
 from random_weights import error
 
 from multitensor.formats.quant_types import QUANT_TYPES
-from multitensor.kernels.cuda import matrix
+from multitensor.kernels.cuda import float_matrix, matrix, small_batch
+from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.joined import join_tiles, tile_runs
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
@@ -106,3 +107,19 @@ def test_embeddings_of_here_of_elsewhere_and_of_the_last_token(queue: emulated_c
     nothing = torch.zeros(COLUMNS)
     wanted = [2 * numbers[0].float(), 2 * numbers[39].float(), 2 * numbers[17].float(), nothing, nothing]
     assert torch.equal(found, torch.stack(wanted))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q8_0"])
+def test_a_prompts_embeddings_are_the_same_as_plain_torchs(
+    name: str, queue: emulated_cuda.Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids below the rank's rows and above them are other ranks'."""
+    emulated_cuda.replace_gpu(monkeypatch, queue, matrix, small_batch, float_matrix)
+    w, numbers = tiled(name, 40, 9, start=0)
+    ids = torch.randint(-40, 80, (150,), generator=torch.Generator().manual_seed(1))
+    kernels = CudaKernels(torch.device("cpu"), exact=False)
+    found = kernels.embedding(ids, w)
+    assert queue.run(1, seed=5)
+    here = (ids >= 0) & (ids < 40)
+    assert 20 < int(here.sum()) < 130
+    assert torch.equal(found, torch.where(here.unsqueeze(1), numbers[ids.clamp(0, 39)].float(), 0.0))

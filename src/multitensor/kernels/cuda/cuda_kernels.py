@@ -77,6 +77,13 @@ class CudaKernels(Kernels):
         numbers = self.tile_kernels.expand(w, torch.float32, first, max(stop - first, 0))
         return numbers[start - first :: step]
 
+    def embedding(self, ids: torch.Tensor, w: QuantTensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        if not isinstance(w, TiledTensor) or w.phase or dtype != torch.float32 or not len(ids):
+            return super().embedding(ids, w, dtype)
+        # To that kernel an id below 0 is a token that only the device knows; here it is another rank's, as those above.
+        places = torch.where(ids < 0, w.rows, ids).to(torch.int32)
+        return self.tile_kernels.embed(w, places, places, ids, first=0, scale=1.0)
+
     def linear(self, x: torch.Tensor, w: QuantTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return self._linear(x, w, bias, float_out=False)
 
