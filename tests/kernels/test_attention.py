@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -176,3 +178,29 @@ def test_a_steps_numbers_reach_the_device_in_one_copy(monkeypatch: pytest.Monkey
     assert inputs.positions.tolist() == [4, 5, 6, 9]
     assert inputs.slot_mapping.tolist() == [8, 9, 10, 13]
     assert inputs.block_tables.tolist() == tables.tolist()
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("context", [0, 11])
+def test_keys_that_lie_in_one_piece_are_read_in_place(
+    window: int | None, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what scattered keys give; nothing is copied, nor cut where a copy would have been too large."""
+    case = Case([1, 9], [4, context], (0, 0, 1), 2, 16, 4, seed=1)
+    tables, blocks = case.inputs.block_tables.numpy(), -(-(context + 9) // 4)
+    assert case.inputs.first_slots == [None, None]
+    arguments: tuple[Any, ...] = (case.kv_map, 0.3, window)
+    wanted = paged_attention(case.q, case.k_cache, case.v_cache, case.inputs, *arguments)
+    # The second sequence's blocks once more, one behind the other.
+    keys, values = (torch.cat((cache, cache[tables[1, :blocks]])) for cache in (case.k_cache, case.v_cache))
+    n = len(case.k_cache)
+    moved = tables.copy()
+    moved[1, :blocks] = range(n, n + blocks)
+    inputs = AttentionInputs.build([1, 9], [4, context], moved, 4, CPU)
+    assert inputs.first_slots == [None, 4 * n]
+    gathered = []
+    plain = attention._Attend._gather
+    monkeypatch.setattr(attention._Attend, "_gather", lambda *a: gathered.append(len(a[2])) or plain(*a))
+    found = paged_attention(case.q, keys, values, inputs, *arguments)
+    assert torch.equal(found, wanted)
+    assert gathered == [5, 5]  # the lone token's keys and values

@@ -166,6 +166,10 @@ class _Attend:
         """q, out: [n, KV heads, group, D], the sequence's new tokens."""
         context = self.inputs.context_lens[sequence]
         first = 0 if self.window is None else max(0, context - self.window + 1)
+        in_place = self._in_place(sequence, first, context + q.shape[0])
+        if in_place is not None:
+            self._prefill(q.permute(1, 2, 0, 3), *in_place, context, first, out.permute(1, 2, 0, 3))
+            return
         slots = self.inputs.slots(sequence, first)
         step = self._heads_at_a_time(slots.shape[0])
         for head in range(0, q.shape[1], step):
@@ -176,6 +180,17 @@ class _Attend:
             all_heads = step >= q.shape[1]
             some, places = (x if all_heads else x[:, heads] for x in (q, out))
             self._prefill(some.permute(1, 2, 0, 3), k, v, context, first, places.permute(1, 2, 0, 3))
+
+    def _in_place(self, sequence: int, first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values [heads, L, D] of a sequence's positions from first to stop, as views of the cache, with the
+        strides that `_gather` gives; None where they lie scattered or in another type."""
+        starts, keys, values = self.inputs.first_slots, self.keys, self.values
+        start = starts[sequence] if starts else None
+        if start is None or isinstance(keys, QuantCache) or isinstance(values, QuantCache) or keys.dtype != self.dtype:
+            return None
+        rows = slice(start + first, start + stop)
+        k, v = (cache.view(-1, *cache.shape[2:])[rows].transpose(0, 1) for cache in (keys, values))
+        return k, v
 
     def _prefill(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int, first: int, out: torch.Tensor

@@ -36,6 +36,8 @@ class AttentionInputs:
     block_tables: int64 [S, B]: physical block of each logical block (anything past the end, so long as it exists).
     slot_mapping: int64 [T]: flat cache slot (physical block * block_size + offset) of each new token.
     positions: int64 [T]: position of each new token in its sequence.
+    first_slots: [S]: the slot of position 0 where a sequence of several query tokens lies in one piece, its blocks one
+    behind the other; else None.
     The tensors lie on the rank's device.
     """
 
@@ -46,6 +48,7 @@ class AttentionInputs:
     slot_mapping: torch.Tensor
     positions: torch.Tensor
     block_size: int
+    first_slots: list[int | None] = field(default_factory=list)
     _decode_chunks: dict[tuple[int | None, int], list[DecodeChunk]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -79,6 +82,10 @@ class AttentionInputs:
             slot_mapping=on_device[0],
             positions=on_device[1],
             block_size=block_size,
+            first_slots=[
+                _first_slot(table[: -(-int(length) // block_size)], block_size) if query > 1 else None
+                for table, query, length in zip(tables, queries, contexts + queries, strict=True)
+            ],
         )
 
     @cached_property
@@ -133,3 +140,9 @@ class AttentionInputs:
         blocks = self.block_tables[which.squeeze(-1)].gather(1, positions // self.block_size)
         slots = blocks * self.block_size + positions % self.block_size
         return DecodeChunk(rows.squeeze(-1), slots, steps < seen)
+
+
+def _first_slot(blocks: np.ndarray, block_size: int) -> int | None:
+    """Of blocks that follow one another; None of others."""
+    consecutive = bool((np.diff(blocks) == 1).all())
+    return int(blocks[0]) * block_size if consecutive else None
