@@ -55,9 +55,10 @@ class Sampler:
         self._sampled[slot] = 0
         self._top_k[slot] = setup.top_k if setup.top_k < self.vocab_size else 0
         self._plain_greedy[slot] = _is_plain_greedy(setup)
-        penalties = (setup.repetition_penalty, setup.presence_penalty, setup.frequency_penalty)
-        values = np.array([setup.temperature, setup.min_p, setup.top_p, *penalties], np.float32)
-        self._parameters[slot] = self._to_device(values)
+        if not self._plain_greedy[slot]:  # else nobody reads them, and the prompt's step begins earlier
+            penalties = (setup.repetition_penalty, setup.presence_penalty, setup.frequency_penalty)
+            values = np.array([setup.temperature, setup.min_p, setup.top_p, *penalties], np.float32)
+            self._parameters[slot] = self._to_device(values)
         self._prompt_lens[slot] = len(setup.prompt_ids)
         if _has_penalties(setup) and len(setup.prompt_ids):
             self._reserve(len(setup.prompt_ids))
@@ -87,7 +88,7 @@ class Sampler:
                 ids = allowed.argmax(-1)
             else:
                 ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
-            self.last_tokens[self._to_device(slots.astype(np.int64))] = ids
+            self.last_tokens.index_copy_(0, self._to_device(slots.astype(np.int64)), ids)
         self._remember(ids, slots)
         for g in self._groups(len(slots)):
             logprobs |= self._logprobs(logits[g], ids[g], slots[g], g.start)
