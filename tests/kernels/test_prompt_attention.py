@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,10 +129,12 @@ def test_a_wrong_way_is_told_and_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         return plain_part(q, k[:, :, :n], v[:, :, :n], True, scale) if causal else plain_part(q, k, v, False, scale)
 
     q, k = numbers(4, 20, dtype=torch.float16), numbers(2, 30, dtype=torch.float16)
+    short = q[:, :, :5]
     ours = PromptAttention(CPU)
     assert ours.ways == ("flash",)
     ours.ways = ("cudnn", "flash")
     monkeypatch.setattr(prompts, "cudnn_part", lambda *given: (_ for _ in ()).throw(RuntimeError("no such plan")))
+    assert ours.way(short, k) == "flash"  # shorter than a block: nobody asks
     with pytest.warns(UserWarning, match=r"cudnn fails \(no such plan\)"):
         assert ours.way(q, k) == "flash"
     assert ours.way(q, k) == "flash"  # known: not tried, and not told, again
@@ -141,3 +145,24 @@ def test_a_wrong_way_is_told_and_not_used(monkeypatch: pytest.MonkeyPatch) -> No
         assert not other.attend(q, k, k, out, 1.0)
     assert out.isnan().all()
     assert not ours.attend(q.float(), k.float(), k.float(), out.float(), 1.0)  # 16 bits are these kernels' only types
+
+
+def test_masks_never_go_where_shapes_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks after others, windows, and one-token sequences of a mixed batch, whose lengths are ever new."""
+    monkeypatch.setattr(attention, "batches_decodes", lambda device: True)
+    fused = torch.nn.functional.scaled_dot_product_attention
+    masks: list[bool] = []
+
+    def watched(*tensors: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        if attn_mask is not None:
+            masks.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return fused(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    case = Case([9, 1, 1, 30], [6, 40, 0, 0], (0, 0, 1, 2), 3)
+    for window in (None, 8):
+        masks.clear()
+        case.check(window)
+        assert len(masks) > 1 and not any(masks)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
-from multitensor.kernels.prompt_attention import PromptAttention
+from multitensor.kernels.prompt_attention import PromptAttention, masked_attention
 
 SCORE_ELEMENTS = 12 << 20  # scores (float32, twice) or mask elements alive at a time
 WINDOW_QUERIES = 256
@@ -240,7 +240,7 @@ class _Attend:
         if self.fused:
             expanded = (heads, group, k.shape[1], size)
             k, v = k.unsqueeze(1).expand(expanded), v.unsqueeze(1).expand(expanded)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+            return masked_attention(q, k, v, mask, self.scale)
         scores = torch.bmm(q.reshape(heads, group * n, size), k.mT).view(heads, group, n, -1)
         weights = self._softmax(scores, mask)
         return torch.bmm(weights.view(heads, group * n, -1), v).view(heads, group, n, size)
@@ -267,7 +267,7 @@ class _Attend:
                 v = self._gather(self.values, chunk.slots, heads)
                 mask = chunk.mask[:, None, None]
                 if self.fused:
-                    piece = F.scaled_dot_product_attention(chosen[:, heads], k, v, attn_mask=mask, scale=self.scale)
+                    piece = masked_attention(chosen[:, heads], k, v, mask, self.scale)
                 else:
                     piece = torch.matmul(self._softmax(torch.matmul(chosen[:, heads], k.mT), mask), v)
                 result[:, heads] = piece

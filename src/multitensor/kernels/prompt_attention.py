@@ -1,14 +1,14 @@
 """Attention of many new tokens over their own keys and those before them, without a mask.
 
-With a mask torch takes the slowest of its fused kernels, and computes what the mask hides. Two ways do without:
+With a mask torch takes slower kernels, which compute what the mask hides. Two ways do without:
 
 "flash": causal attention aligned to the last key, which that kernel knows by itself. Any lengths, one call.
 
-"cudnn": on compute capability 9.0 much the faster kernel, but of the two it can only do squares whose queries see the
-keys up to their own, and rectangles in which all is seen; and it plans each new shape for tenths of a second. So both
-queries and keys are cut into blocks of powers of two, few shapes in all: a block of queries takes the keys before it
-in rectangles and its own in a square, and the results, each a softmax over its own keys alone, are joined by the
-logarithms of their sums (arXiv:2205.14135, section 3.1). What no block covers goes through the other kernel.
+"cudnn": on compute capability 9.0 twice as fast, but as torch calls it, it can only do squares whose queries see the
+keys up to their own, and rectangles in which all is seen; and each new shape is planned first, which takes 36 ms
+(docs/perf-log.md). So both queries and keys are cut into blocks of powers of two, few shapes in all: a block of queries
+takes the keys before it in rectangles and its own in a square, and the results, each a softmax over its own keys alone,
+are joined by the logarithms of their sums (arXiv:2205.14135, section 3.1). What no block covers goes through the other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Way = Literal["flash", "cudnn"]
 # q [1, heads, n, D], k and v [1, KV heads, L, D], causal, scale -> (result as q, logarithms of sums [1, heads, n])
@@ -27,6 +31,15 @@ SMALLEST_BLOCK = 1024  # below, a call's time is its launch, and cuDNN's plans w
 LARGEST_BLOCK = 1 << 16
 # Of a trial's result, relative to that with a mask: both were rounded, some of theirs twice.
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """torch's fused attention, but never cuDNN, which plans for 0.6 s for each new shape with a mask: and there are as
+    many shapes as lengths of texts. Shapes as torch takes them."""
+    with sdpa_kernel(_WITHOUT_PLANS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
 def flash_part(
@@ -101,19 +114,27 @@ def attend_in_blocks(
 
 
 class PromptAttention:
-    """The way that a GPU's prompts take, tried before it is believed in, once for each type and size of heads."""
+    """The way that a GPU's prompts take: each tried before it is believed in, when it is first wanted for a type and
+    size of heads."""
 
     def __init__(self, device: torch.device) -> None:
         hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
         self.ways: tuple[Way, ...] = ("cudnn", "flash") if hopper else ("flash",)
-        self._chosen: dict[tuple[torch.dtype, int, int], Way | None] = {}
+        self._sound: dict[tuple[Way, torch.dtype, int, int], bool] = {}
 
     def way(self, q: torch.Tensor, k: torch.Tensor) -> Way | None:
         """For q [1, heads, n, D], k [1, KV heads, L, D]; None: neither is right here."""
-        key = (q.dtype, q.shape[1] // k.shape[1], q.shape[3])
-        if key not in self._chosen:
-            self._chosen[key] = self._choose(q, k)
-        return self._chosen[key]
+        short = q.shape[2] < SMALLEST_BLOCK
+        for way in self.ways:
+            if way == "cudnn" and short:  # all of it would be left to the other
+                continue
+            key = (way, q.dtype, q.shape[1] // k.shape[1], q.shape[3])
+            sound = self._sound.get(key)
+            if sound is None:
+                sound = self._sound[key] = self._is_sound(way, q, k)
+            if sound:
+                return way
+        return None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, scale: float) -> bool:
         """q, out [1, heads, n, D], the last n of L positions; k, v [1, KV heads, L, D], all in 16 bits. False: nothing
@@ -131,18 +152,17 @@ class PromptAttention:
         else:
             attend_in_blocks(q, k, v, out, scale, cudnn_part, flash_part, SMALLEST_BLOCK)
 
-    def _choose(self, q: torch.Tensor, k: torch.Tensor) -> Way | None:
-        for way in self.ways:
-            why = self._fault(way, q, k)
-            if why is None:
-                return way
+    def _is_sound(self, way: Way, q: torch.Tensor, k: torch.Tensor) -> bool:
+        why = self._fault(way, q, k)
+        if why is not None:
             warnings.warn(f"{q.device}: attention of prompts through {way} {why}; another way is used", stacklevel=2)
-        return None
+        return why is None
 
     def _fault(self, way: Way, q: torch.Tensor, k: torch.Tensor) -> str | None:
         """What is wrong with a way, tried on random numbers of every kind of part; None: nothing."""
         heads, size = q.shape[1], q.shape[3]
-        new, before = SMALLEST_BLOCK + 60, SMALLEST_BLOCK + 36
+        blocks = SMALLEST_BLOCK if way == "cudnn" else 0
+        new, before = blocks + 60, blocks + 36
         generator = torch.Generator(q.device).manual_seed(0)
 
         def numbers(length: int, count: int) -> torch.Tensor:
@@ -168,4 +188,4 @@ def with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
     mask = torch.arange(total, device=q.device) <= positions
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return masked_attention(q, k, v, mask, scale)
