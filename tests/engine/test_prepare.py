@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from multitensor.config import parse_devices
-from multitensor.engine.prepare import prepare
+from multitensor.engine.prepare import Prepared, prepare
 from multitensor.errors import DoesNotFit, InputError
+from multitensor.sharding.plan import Plan
 from synthetic import write_gguf
 
 
@@ -54,6 +55,39 @@ def test_limits_of_a_step_are_checked(model: Path) -> None:
             prepare(model, devices="cpu:1", **wrong)
 
 
+def test_longer_steps_where_there_is_room(tmp_path: Path) -> None:
+    """On GPUs from the smallest that does on, steps of 4,096 tokens are the default once they cost next to nothing."""
+    shape = {"hidden": 512, "ffn": 2048, "n_heads": 8, "head_dim": 64}
+    path = write_gguf(tmp_path / "long.gguf", types="Q8_0", context=1 << 16, **shape)
+
+    def made(size: int, tokens: int | None, context: int | None = None) -> Prepared:
+        options = {"max_batch_tokens": tokens, "max_model_len": context, "allow_planned_devices": True}
+        return prepare(path, devices=f"{size}MiB", **options)
+
+    def fits(size: int, tokens: int) -> Plan | None:
+        try:
+            return made(size, tokens).plan
+        except DoesNotFit:
+            return None
+
+    smallest = next(size for size in range(1000, 8000, 10) if fits(size, 2048))
+    found: dict[str, list[int]] = {"does not fit": [], "costs context": [], "costs pool": [], "is there": []}
+    for size in (*range(smallest, smallest + 900, 20), 8000):
+        prepared, short, long = made(size, None), fits(size, 2048), fits(size, 4096)
+        assert short is not None and prepared.config.mixed_batch_tokens == 2048
+        if long is None:
+            kind = "does not fit"
+        elif long.context < short.context:
+            kind = "costs context"
+        else:
+            kind = "costs pool" if long.kv_tokens < 0.95 * short.kv_tokens else "is there"
+        found[kind].append(size)
+        assert prepared.plan == (long if kind == "is there" else short)
+        assert prepared.config.max_batch_tokens == prepared.plan.max_batch_tokens
+    assert all(found.values()) and min(found["is there"]) > max(found["costs pool"]) > max(found["costs context"])
+    assert made(8000, None, 2048).plan.max_batch_tokens == 2048  # no prompt is longer
+
+
 def test_what_can_only_be_planned_is_not_run(model: Path, tmp_path: Path) -> None:
     assert prepare(model, devices="4GiB,4GiB", allow_planned_devices=True).plan.size == 2
     with pytest.raises(InputError, match="for `plan`"):
@@ -89,7 +123,7 @@ def test_what_does_not_fit_has_its_own_exit_code(model: Path) -> None:
 
 def test_torch_is_not_imported(model: Path) -> None:
     code = (
-        "import sys; from multitensor.engine.prepare import prepare; "
+        "import sys; from multitensor.engine.prepare import Prepared, prepare; "
         f"prepare({str(model)!r}, devices='cpu:2').plan.to_json(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

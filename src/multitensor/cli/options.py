@@ -53,8 +53,8 @@ Chunk = Annotated[
     int | None,
     typer.Option(
         "--chunk",
-        help="Tokens of prompts in one step at most. Default: 2048 on GPUs, 512 on CPUs. With more, long prompts are "
-        "read faster where nothing is being written, and less memory is left.",
+        help="Tokens of prompts in one step at most. Default: 4096 on GPUs with room for it, else 2048; 512 on CPUs. "
+        "With more, long prompts are read faster where nothing is being written, and less memory is left.",
         min=1,
         show_default=False,
     ),

@@ -62,7 +62,8 @@ def _print_devices(console: Console, plan: Plan, memory: tuple[DeviceMemory, ...
         f"{spec.n_kv_heads} KV head(s) of {spec.head_dim}, FFN {spec.ffn_size}, vocabulary {spec.vocab_size}"
     )
     console.print(
-        f"context {plan.context}, KV pool of {plan.kv_tokens} tokens in {plan.kv_type}, activations in {plan.dtype}"
+        f"context {plan.context}, KV pool of {plan.kv_tokens} tokens in {plan.kv_type}, activations in {plan.dtype}, "
+        f"up to {plan.max_batch_tokens} tokens of prompts in a step"
     )
     shares = Table("rank", "device", "query heads", "KV heads", "FFN", "vocabulary", title="Who computes what")
     for rank in plan.ranks:

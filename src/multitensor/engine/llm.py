@@ -60,8 +60,9 @@ class LLM:
     dtype: "auto", "float32" (exact mode), "float16", "bfloat16". kv_type: "auto", "f32", "f16", "bf16", "q8", "q4".
     seed: of requests that have none of their own.
     p2p: whether GPUs may use each other's memory: None where a probe finds that it works, False never, True or fail.
-    max_batch_tokens: of prompts in one step, at most; default 2048 on GPUs, 512 on CPUs. A prompt alone takes them all;
-        beside texts being written it takes the default at most, so that these do not wait.
+    max_batch_tokens: of prompts in one step, at most; default 4096 on GPUs with room for it, else 2048; 512 on CPUs. A
+        prompt alone takes them all; beside texts being written it takes 2048 (CPUs: 512) at most, so that these do not
+        wait.
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
     experimental: names of config.EXPERIMENTS, ways that have not run on several GPUs yet.
     step_timeout: seconds after which ranks that do not answer to a step are killed (RankFailed); 0: never; default 120

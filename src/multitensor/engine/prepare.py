@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -12,7 +12,7 @@ from multitensor.architectures.registry import resolve
 from multitensor.architectures.spec import ModelSpec
 from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse_experiments, parse_ratio
 from multitensor.engine.step_watch import step_seconds
-from multitensor.errors import InputError
+from multitensor.errors import DoesNotFit, InputError
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.sharding.plan import Plan
 from multitensor.sharding.solve import solve
@@ -20,6 +20,8 @@ from multitensor.sharding.topology import find_devices
 
 DEFAULT_NUM_SEQS = 32
 DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 2048, "any": 2048}
+LONG_BATCH_TOKENS = 4096  # of prompts alone, on GPUs where that costs no context and next to nothing of the KV pool
+POOL_FOR_LONG_STEPS = 0.05
 BLOCK_SIZE = 32
 
 
@@ -89,24 +91,30 @@ def prepare(
             f"max_num_seqs {num_seqs}, max_batch_tokens {batch_tokens}, block_size {block_size}: all are at least 1, "
             "and a step must hold a token of every sequence"
         )
-    plan = solve(
-        spec,
-        found,
-        ratio=ratio,
-        context=max_model_len,
-        kv_type=kv_type or "auto",
-        dtype=dtype or "auto",
-        max_num_seqs=num_seqs,
-        max_batch_tokens=batch_tokens,
-        block_size=block_size,
-    )
+
+    def planned(tokens: int) -> Plan:
+        return solve(
+            spec,
+            found,
+            ratio=ratio,
+            context=max_model_len,
+            kv_type=kv_type or "auto",
+            dtype=dtype or "auto",
+            max_num_seqs=num_seqs,
+            max_batch_tokens=tokens,
+            block_size=block_size,
+        )
+
+    plan = planned(batch_tokens)
+    if max_batch_tokens is None and found[0].kind != "cpu":
+        plan = _in_long_steps(plan, planned)
     config = EngineConfig(
         model=str(model),
         dtype=plan.dtype,
         exact=dtype == "float32",
         seed=int(seed or 0),
         max_num_seqs=num_seqs,
-        max_batch_tokens=batch_tokens,
+        max_batch_tokens=plan.max_batch_tokens,
         block_size=block_size,
         prefix_cache=prefix_cache,
         p2p=p2p,
@@ -116,6 +124,19 @@ def prepare(
         step_timeout=step_seconds(step_timeout, found[0].kind),
     )
     return Prepared(checkpoint, spec, plan, config)
+
+
+def _in_long_steps(plan: Plan, planned: Callable[[int], Plan]) -> Plan:
+    """The plan with longer steps, in which weights are expanded for more tokens at once; as it is where their buffers
+    would take too much from the KV pool, or the context is no longer than the steps are anyway."""
+    if plan.context <= plan.max_batch_tokens:
+        return plan
+    try:
+        longer = planned(LONG_BATCH_TOKENS)
+    except DoesNotFit:
+        return plan
+    room = longer.context >= plan.context and longer.kv_tokens >= plan.kv_tokens * (1 - POOL_FOR_LONG_STEPS)
+    return longer if room else plan
 
 
 def _check_integer(name: str, value: object) -> None:
