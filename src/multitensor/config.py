@@ -102,12 +102,10 @@ def check_ratio(ratio: tuple[float, ...]) -> None:
 
 HOST_RELAY = "host-relay"
 Q8_WIRE = "q8-wire"
-PROMPT_ATTENTION = "prompt-attention"
 INT8_PROMPTS = "int8-prompts"
 EXPERIMENTS = {
     HOST_RELAY: "one launch from attention to attention also for GPUs that do not reach each other's memory, with sums "
     "through the host's",
-    PROMPT_ATTENTION: "attention of prompts without masks, on Hopper through cuDNN, once a trial came out right",
     INT8_PROMPTS: "long prompts' query, key, value, gate and up in 8 bits: small models lose 0.3% of perplexity",
     Q8_WIRE: "between such GPUs sums of many tokens in 8 bits, each off by about 1%",
 }

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from multitensor.config import INT8_PROMPTS, PROMPT_ATTENTION
+from multitensor.config import INT8_PROMPTS
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
@@ -42,10 +42,9 @@ class CudaKernels(Kernels):
         self.float_kernels = FloatKernels(device)
         self.decode_kernels = DecodeKernels(device)
         self.prefill_kernels = PrefillKernels(device)
+        self.prompt_attention = PromptAttention(device)
 
     def try_out(self, experimental: frozenset[str]) -> None:
-        if PROMPT_ATTENTION in experimental:
-            self.prompt_attention = PromptAttention(self.device)
         if INT8_PROMPTS in experimental and is_int8_possible(self.device):
             self.int8_products = Int8Products(self.device, EXPAND_BYTES)
             self.rounds_prompts = True
