@@ -18,6 +18,7 @@ from multitensor.config import EngineConfig
 from multitensor.engine import runner as runner_module
 from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
 from multitensor.engine.runner import ModelRunner
+from multitensor.engine.warm_up import shapes, warm_up
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
 from multitensor.parallel.group import Group
 from multitensor.sharding.memory import device_memory
@@ -228,3 +229,25 @@ def test_long_steps_are_cut_where_it_is_asked_for(model_path: Path, overlap: boo
         assert told["overlapped_from"] == (1024 if overlap else None)
         sums = 2 * len(resolve(checkpoint).layers)
         assert log.count("start") == log.count("wait") == (2 * sums if overlap else 0)  # of the second step alone
+
+
+@pytest.mark.parametrize("ratio", [(1.0,), (2.0, 1.0)], ids=str)
+def test_warming_up_changes_nothing_that_comes_after(model_path: Path, ratio: tuple[float, ...]) -> None:
+    """As on GPUs; a prompt that fills a step, a short one, and decode steps of as many sequences as may run."""
+    checkpoint = open_checkpoint(model_path)
+    plan = cpu_plan(checkpoint, ratio)
+    (prompt,) = random_prompts(VOCAB, [21], seed=5)
+    tables = shuffled_tables([60], plan.kv_tokens // BLOCK)
+
+    def work(group: Group) -> tuple[list[tuple[int, int]], list[int]]:
+        runner = make_runner(checkpoint, plan, group)
+        assert runner.warm_up() == 0.0, "CPU ranks have nothing to gain"
+        assert warm_up(runner) > 0.0
+        outputs = [runner.step(make_step(0, [0], [prompt], [0], tables, setups=(replace(GREEDY, slot=0),)))]
+        outputs += [runner.step(make_step(1 + i, [0], [[-1]], [21 + i], tables)) for i in range(4)]
+        return list(shapes(runner)), [int(output.token_ids[0]) for output in outputs]
+
+    for steps, ids in on_ranks(plan.size, work):
+        assert steps[0] == (1, min(plan.max_batch_tokens, plan.context, plan.kv_tokens)) and steps[0][1] > steps[1][1]
+        assert {tokens for _, tokens in steps[2:]} == {1} and 1 < steps[-1][0] <= plan.max_num_seqs
+        assert ids == greedy_continuation(model_path, prompt, 5)

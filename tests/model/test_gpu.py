@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from model_harness import BLOCK, CPU, cpu_plan, logits_in_steps, on_ranks, random_prompts, relative_error
+from multitensor import LLM, SamplingParams
 from multitensor.config import EngineConfig
 from multitensor.engine.runner import ModelRunner
 from multitensor.formats.checkpoint import open_checkpoint
@@ -128,3 +129,18 @@ def test_half_precision_folder_needs_no_copies(tmp_path: Path) -> None:
     memory, grown = on_ranks(1, work)[0]
     expected = memory["weights_bytes"] + memory["kv_bytes"]
     assert expected <= grown < 1.01 * expected + (1 << 20)
+
+
+def test_warming_up_changes_no_text(tmp_path: Path) -> None:
+    """Prompts and decode steps in every bucket come before, in the blocks that the texts then take."""
+    path = write_gguf(tmp_path / "m.gguf", hidden=256, ffn=768, n_heads=4, n_kv_heads=2, head_dim=64, types="Q4_K")
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    prompts = [[7 + i, 3, 90, 41, 5] for i in range(5)]
+    texts = []
+    for warm in (False, True):
+        with LLM(path, devices="cuda:0", dtype="float16", max_model_len=256, max_num_seqs=8) as llm:
+            if warm:
+                (seconds,) = llm._engine.call("warm_up")
+                assert seconds > 0
+            texts.append([output.outputs[0].token_ids for output in llm.generate(prompts, params)])
+    assert texts[0] == texts[1]

@@ -166,6 +166,7 @@ def _opener(model: str, **wishes: Any) -> tuple[tuple[str, ...], Callable[[], En
             finally:
                 report[0] = None
         warn_of([engine.call("reductions")[0]["warning"]])
+        engine.call("warm_up")  # so that no request waits for what GPUs do when they are first used
         return engine
 
     return open_engine.warnings, opening

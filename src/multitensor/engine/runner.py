@@ -330,6 +330,15 @@ class ModelRunner:
             result["rss_bytes"] = int(psutil.Process().memory_info().rss)
         return result
 
+    def warm_up(self) -> float:
+        """Steps whose results nobody wants, see engine/warm_up.py; seconds. On a CPU none: nothing would be gained.
+        Collective; before the first step."""
+        if self.device.type == "cpu":
+            return 0.0
+        from multitensor.engine.warm_up import warm_up
+
+        return warm_up(self)
+
     def measure(self, batches: list[int]) -> dict[str, Any]:
         """Speed of this rank's memory, and the time of a decode step's reductions, see engine/measure.py; and of what
         loading took. Collective."""
