@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from test_long_prompts_gpu import SHAPE, TYPES, check_memory
 from test_two_gpus import mean_kl, scores
 
 from multitensor import LLM
-from multitensor.config import PROMPT_ATTENTION
 from multitensor.kernels import prompt_attention
 from multitensor.kernels.prompt_attention import PromptAttention, with_mask
 from synthetic import write_gguf
@@ -74,16 +74,9 @@ def test_a_long_prompt(tmp_path: Path, kv_type: str, chunk: int) -> None:
     path = write_gguf(tmp_path / "m.gguf", types=TYPES, context=1 << 15, **SHAPE)
     texts = [np.random.default_rng(1).integers(0, 512, 20_000).tolist()]
     found = []
-    for names in ((), (PROMPT_ATTENTION,)):
-        with LLM(
-            path,
-            devices="cuda:0",
-            max_batch_tokens=chunk,
-            experimental=names,
-            max_model_len=20_480,
-            dtype="float16",
-            kv_type=kv_type,
-        ) as llm:
+    for dtype in ("float32", "float16"):  # with masks, and without
+        options: dict[str, Any] = {"max_batch_tokens": chunk, "max_model_len": 20_480, "kv_type": kv_type}
+        with LLM(path, devices="cuda:0", dtype=dtype, **options) as llm:
             found.append(scores(llm, texts))
             check_memory(llm)
             assert not any("attention of prompts" in warning for warning in llm.warnings)

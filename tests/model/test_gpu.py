@@ -138,7 +138,7 @@ def test_warming_up_changes_no_text(tmp_path: Path) -> None:
     prompts = [[7 + i, 3, 90, 41, 5] for i in range(5)]
     texts = []
     for warm in (False, True):
-        with LLM(path, devices="cuda:0", dtype="float16", max_model_len=256, max_num_seqs=8) as llm:
+        with LLM(path, devices="cuda:0", dtype="float16", max_model_len=256) as llm:
             if warm:
                 (seconds,) = llm._engine.call("warm_up")
                 assert seconds > 0

@@ -14,7 +14,8 @@ from multitensor.sharding.topology import Device
 
 MIN_CONTEXT = 512  # a default context below this is no use; say that the model does not fit instead
 EQUAL_WITHIN = 0.05  # capacities that differ by less are cut equally
-GPU_POOL_CONTEXTS = 8  # sequences of full length that the KV pool of a GPU aims to hold
+POOL_CONTEXTS = 8  # sequences of full length that the KV pool aims to hold
+POOL_SEQUENCE_TOKENS = 1024  # and as many sequences as may run at once, of so many tokens
 CPU_POOL_TOKENS = 16384  # tokens that the KV pool of CPU ranks aims to hold where the context is shorter
 CPU_POOL_SHARE = 4  # the default KV pool of a CPU rank takes at most this part of its memory: 1 / 4
 MARGIN = 0.02  # of a device, left free by what is not asked for: the default context and the pool beyond one context
@@ -195,8 +196,11 @@ def _pool_limit(plan: Plan) -> int:
 
 
 def _pool_tokens(plan: Plan) -> int:
-    """As many full contexts as are worth having, as far as they fit; at least one."""
-    aim = min(plan.max_num_seqs, GPU_POOL_CONTEXTS) * _round_up(plan.context, plan.block_size)
+    """As many full contexts as are worth having, and room for all that may run at once where they are short, as far as
+    these fit; at least one context."""
+    context = _round_up(plan.context, plan.block_size)
+    long, short = POOL_CONTEXTS * context, plan.max_num_seqs * min(context, POOL_SEQUENCE_TOKENS)
+    aim = min(plan.max_num_seqs * context, max(long, short))
     if plan.ranks[0].device.kind == "cpu":
         aim = min(aim, CPU_POOL_TOKENS)
     fits = min(_tokens_that_fit(plan, contexts=False, margin=MARGIN), _pool_limit(plan))
