@@ -239,17 +239,45 @@ def test_hashes_tell_texts_apart_by_all_that_came_before() -> None:
     running=st.lists(st.sampled_from([0, 1, 1, 2, 7, 40]), max_size=8),
     newcomers=st.lists(st.integers(1, 40), max_size=4),
 )
-def test_a_step_is_used_up_and_shared_evenly(budget: int, running: list[int], newcomers: list[int]) -> None:
+def test_a_step_is_used_up_by_few_prompts_at_a_time(budget: int, running: list[int], newcomers: list[int]) -> None:
     pairs = [(Sequence([1], 1), want) for want in running]
     new = [(Sequence([1], 1), want) for want in newcomers]
     wants = dict(pairs + new)
     sizes = _shares(budget, pairs, new)
-    in_turn = [s for s, want in pairs if want == 1] + [s for s, want in pairs if want > 1] + [s for s, _ in new]
-    assert set(sizes) == set(in_turn[:budget])
+    ones = [s for s, want in pairs if want == 1]
+    assert all(sizes[s] == 1 for s in ones[:budget]), "who decodes goes first"
     assert all(1 <= size <= wants[sequence] for sequence, size in sizes.items())
-    assert sum(sizes.values()) == min(budget, sum(wants[s] for s in in_turn[:budget]))
-    cut = [size for sequence, size in sizes.items() if size < wants[sequence]]
-    assert not cut or max(sizes.values()) - min(cut) <= 1
+    assert sum(sizes.values()) == min(budget, sum(wants.values()))
+    left = max(0, budget - len(ones))
+    prompts = [s for s, want in pairs if want > 1] + [s for s, _ in new]
+    share = -(-left // min(4, len(prompts))) if prompts else 0
+    long = [s for s, want in pairs if want > 1]
+    assert not long or sizes.get(long[0], 0) >= min(wants[long[0]], share), "the oldest gets on"
+    assert len([s for s in prompts if 0 < sizes.get(s, 0) < wants[s]]) <= 4, "few at a time"
+    started = [s in sizes for s, _ in new]
+    assert started == sorted(started, reverse=True), "newcomers in their own order"
+    waiting = [s for s in prompts if s not in sizes]
+    assert not waiting or all(sizes[s] <= share for s in prompts if s in sizes), "nobody takes more while others wait"
+
+
+def test_prompts_are_done_one_after_the_other() -> None:
+    """And what many short ones want comes before the rest of a long one, which still gets on."""
+    long, *short = ((Sequence([1], 1), want) for want in (1000, 30, 20, 90, 40, 50))
+    sizes = _shares(160, [long, *short[:2]], short[2:])
+    assert [sizes.get(s, 0) for s, _ in (long, *short)] == [40, 30, 20, 40, 30, 0]
+    assert _shares(160, [long], []) == {long[0]: 160}
+
+
+def test_long_prompts_keep_no_short_one_from_its_turn() -> None:
+    """Which waits behind others as long: one newcomer is let in at every step."""
+    *longs, short = ((Sequence([1], 1), want) for want in (900, 900, 900, 900, 900, 900, 1000, 1000, 5))
+    running, newcomers = longs[:6], [*longs[6:], short]
+    for turn in range(3):
+        sizes = _shares(160, running, newcomers)
+        assert sizes[running[0][0]] == 40
+        assert newcomers[0][0] in sizes
+        running.append(newcomers.pop(0))
+        assert turn < 2 or sizes[short[0]] == 5
 
 
 @settings(max_examples=60, deadline=None)

@@ -5,8 +5,9 @@ yield. What can be known beforehand is (the limit of output tokens, hence the en
 token, a stop string, a cancellation, the end of a grammar's text) makes one token too many, which is dropped when it
 arrives. What a grammar allows next is not known beforehand either: the step is submitted without, and the masks follow.
 
-Tokens: every sequence that decodes gets its one; what is left of the step is shared evenly among prompts, those that
-begin included, so a long prompt delays nobody's next token by more than one step, and no short prompt by its length.
+Tokens: every sequence that decodes gets its one, so a long prompt delays nobody's next token by more than one step.
+What is left goes to few prompts at a time, those that begin included: the oldest gets on in any case, then those come
+that want least. So a long prompt delays no short one by its length, and many are done one after the other.
 
 Blocks: whoever started first gets them first; the youngest gives its own back when the pool runs dry and computes them
 again later ("preemption with recompute"). It keeps its sampler slot meanwhile, since the history there (for penalties)
@@ -58,6 +59,9 @@ class Update:
     sequence: Sequence
     token: int | None
     logprobs: TokenLogprobs | None = None
+
+
+MOST_PROMPTS = 4  # that take whole pieces of a step: attention of a prompt is a launch of its own on GPUs
 
 
 class Scheduler:
@@ -295,16 +299,37 @@ class Scheduler:
 def _shares(
     budget: int, running: SequenceOf[tuple[Sequence, int]], newcomers: SequenceOf[tuple[Sequence, int]]
 ) -> dict[Sequence, int]:
-    """How many tokens each may compute now, of those it wants: the running that want a single one get it; then an even
-    share for all, where what some do not need goes to the others. Where there are fewer tokens than sequences, the
-    newest get none."""
-    in_turn = sorted((pair for pair in running if pair[1] > 0), key=lambda pair: pair[1] > 1) + list(newcomers)
-    sizes: dict[Sequence, int] = {}
-    ordered = sorted(in_turn[:budget], key=lambda pair: pair[1])  # so that what is left over is known in time
-    for place, (sequence, want) in enumerate(ordered):
-        sizes[sequence] = min(want, -(-budget // (len(ordered) - place)))
-        budget -= sizes[sequence]
+    """How many tokens each may compute now, of those it wants. The running that want a single one get it. The rest goes
+    to prompts, to few at a time, so that one after the other is done instead of all together at the end: none gets more
+    than a MOST_PROMPTS-th while others wait, and what is left then goes to the first."""
+    ones = [sequence for sequence, want in running if want == 1][:budget]
+    sizes = dict.fromkeys(ones, 1)
+    budget -= len(ones)
+    turns = _turns([pair for pair in running if pair[1] > 1], newcomers)
+    share = -(-budget // min(len(turns), MOST_PROMPTS)) if turns else 0
+    for most in (share, budget):
+        for sequence, want in turns:
+            size = min(want - sizes.get(sequence, 0), most, budget)
+            if size > 0:
+                sizes[sequence] = sizes.get(sequence, 0) + size
+                budget -= size
     return sizes
+
+
+def _turns(
+    running: SequenceOf[tuple[Sequence, int]], newcomers: SequenceOf[tuple[Sequence, int]]
+) -> list[tuple[Sequence, int]]:
+    """Prompts in the order in which they are computed: the oldest, which thus always gets on; then those that want
+    least, but newcomers in their own order, and one of them in any case, for a short one may wait behind it."""
+    turns = list(running[:1])
+    waiting, new = sorted(running[1:], key=lambda pair: pair[1]), deque(newcomers)
+    admits = not new
+    for pair in waiting:
+        while new and (new[0][1] < pair[1] or (not admits and len(turns) == MOST_PROMPTS - 1)):
+            turns.append(new.popleft())
+            admits = True
+        turns.append(pair)
+    return [*turns, *new]
 
 
 def _step_input(step: int, chunks: list[Chunk], setups: tuple[SamplingSetup, ...]) -> StepInput:
