@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -200,14 +202,55 @@ class SlowClientGuard:
             await self._app(scope, receive, send)
             return
 
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    await send(message)
-            except TimeoutError:
-                raise ConnectionResetError(f"the client took nothing for {self._seconds:g} s") from None
+        watch = _SendWatch(self._seconds)
+        try:
+            await self._app(scope, receive, partial(watch.send, send))
+        finally:
+            watch.end()
 
-        await self._app(scope, receive, send_in_time)
+
+class _SendWatch:
+    """One timer for all that an answer sends: `asyncio.timeout` around each token would take a tenth of the server's
+    time for it. One task sends at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._since = 0.0
+        self._sender: asyncio.Task[Any] | None = None  # who sends now
+        self._late: asyncio.Task[Any] | None = None  # whose sending was ended
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def send(self, send: Send, message: Message) -> None:
+        """Raises ConnectionResetError when it takes too long."""
+        self._since, self._sender = self._loop.time(), asyncio.current_task()
+        if self._timer is None:
+            self._timer = self._loop.call_at(self._since + self._seconds, self._look)
+        try:
+            await send(message)
+        except asyncio.CancelledError:
+            task = self._sender
+            if task is None or self._late is not task:
+                raise
+            self._late = None
+            if task.uncancel() > 0:  # somebody else wants its end, too
+                raise
+            raise ConnectionResetError(f"the client took nothing for {self._seconds:g} s") from None
+        finally:
+            self._sender = None
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        since = self._since if self._sender is not None else now
+        if self._sender is not None and now >= since + self._seconds:
+            self._late = self._sender
+            self._sender.cancel()
+            since = now
+        self._timer = self._loop.call_at(since + self._seconds, self._look)
 
 
 async def _drain(receive: Receive) -> None:
