@@ -117,7 +117,7 @@ class _Answer:
         if self.body.logprobs is not None and choice.logprobs is not None:
             tokenizer = self.service.engine.tokenizer
             ids, positions = choice.token_ids[first:], choice.logprobs[first:]
-            offset = len(tokenizer.decode(choice.token_ids[:first])) if tokenizer and first else 0
+            offset = len(choice.text) - len(choice.delta) if first else 0  # what was sent before
             logprobs = completion_logprobs(tokenizer, ids, positions, self.body.logprobs, offset)
         found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if self.service.engine.tokenizer is None:
