@@ -156,6 +156,7 @@ class Request:
         self.prompt_ids = prompt_ids
         self.continuations = continuations
         self.metrics = metrics
+        self._shown_ids = list(prompt_ids)  # one copy for all outputs: a long prompt's would cost more than its tokens
 
     @property
     def finished(self) -> bool:
@@ -166,7 +167,7 @@ class Request:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
-            prompt_token_ids=list(self.prompt_ids),
+            prompt_token_ids=self._shown_ids,
             outputs=[continuation.output() for continuation in self.continuations],
             finished=self.finished,
             metrics=self.metrics,
