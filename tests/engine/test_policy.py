@@ -268,6 +268,24 @@ def test_prompts_are_done_one_after_the_other() -> None:
     assert _shares(160, [long], []) == {long[0]: 160}
 
 
+def test_one_key_s_prompts_do_not_keep_another_key_s_from_their_turn() -> None:
+    """Which wants more than they do: keys take turns, of a key those come first that want least."""
+    mine = [(Sequence([1], 1, key="x"), want) for want in (9000, 500, 500, 500, 500, 500)]
+    other = (Sequence([1], 1, key="y"), 6000)
+    sizes = _shares(400, [*mine, other], [])
+    assert sizes[mine[0][0]] == sizes[other[0]] == 100
+    assert [sizes.get(sequence, 0) for sequence, _ in mine[1:]] == [100, 100, 0, 0, 0]
+
+
+def test_nobody_is_let_into_blocks_that_others_will_fill() -> None:
+    """Prompts that together outgrow the pool: the second waits for the first, instead of being computed twice."""
+    engine, executor = make_engine(context=400, n_blocks=100, block_size=4, max_num_seqs=4, max_batch_tokens=40)
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    engine.run([engine.add_request([1 + i] * 300, params) for i in range(3)])
+    assert engine.stats.preemptions == 0
+    assert sum(int(step.query_lens.sum()) for step in executor.steps) == 3 * (300 + 1)
+
+
 def test_long_prompts_keep_no_short_one_from_its_turn() -> None:
     """Which waits behind others as long: one newcomer is let in at every step."""
     *longs, short = ((Sequence([1], 1), want) for want in (900, 900, 900, 900, 900, 900, 1000, 1000, 5))

@@ -9,7 +9,7 @@ from typing import NoReturn
 import pytest
 
 from multitensor.engine import step_watch
-from multitensor.engine.step_watch import StepWatch, describe_silence
+from multitensor.engine.step_watch import StepWatch, describe_silence, step_seconds
 
 
 class Late(Exception):
@@ -79,3 +79,10 @@ def test_which_rank_it_is(letter: str, behind: tuple[int, ...], told: str, monke
 def test_the_state_of_this_process_and_of_none() -> None:
     assert step_watch._state(os.getpid()) == "R"
     assert step_watch._state(2**22 + 1) == ""
+
+
+def test_ranks_on_cpus_get_time_for_what_they_have_to_do() -> None:
+    assert step_seconds(None, "cpu", 512, 5_000_000_000) == step_seconds(None, "cpu") == 600.0
+    assert step_seconds(None, "cpu", 2048, 40_000_000_000) == 8 * 600.0
+    assert step_seconds(None, "cuda", 4096, 140_000_000_000) == 120.0
+    assert step_seconds(5.0, "cpu", 4096, 140_000_000_000) == 5.0 and step_seconds(0, "cpu", 4096) == 0.0

@@ -66,7 +66,7 @@ class LLM:
     overlap: whether long prompts' sums over GPUs travel while products are computed (not yet measured on GPUs).
     experimental: names of config.EXPERIMENTS, ways that have not run on several GPUs yet.
     step_timeout: seconds after which ranks that do not answer to a step are killed (RankFailed); 0: never; default 120
-        on GPUs, 600 on CPUs. Compiling kernels at their first use counts.
+        on GPUs, 600 and more on CPUs. Compiling kernels at their first use counts.
     Raises InputError, DoesNotFit or RankFailed, each in one line. Use it as a context manager, or call `close`.
     Under torchrun, rank 0's process holds the LLM; in the others this call serves as a rank and exits when it is done.
     """

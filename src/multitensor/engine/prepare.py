@@ -14,6 +14,7 @@ from multitensor.config import DeviceRequest, EngineConfig, parse_devices, parse
 from multitensor.engine.step_watch import step_seconds
 from multitensor.errors import DoesNotFit, InputError
 from multitensor.formats.checkpoint import Checkpoint, open_checkpoint
+from multitensor.sharding.memory import device_memory
 from multitensor.sharding.plan import Plan
 from multitensor.sharding.solve import solve
 from multitensor.sharding.topology import find_devices
@@ -62,7 +63,7 @@ def prepare(
     explicitly is the exact mode. allow_planned_devices: bare sizes are devices too, and types without a kernel pass.
     prefix_cache: which requests reuse what was computed of a common beginning; p2p: whether GPUs may use each other's
     memory; overlap: whether sums over GPUs travel while products are computed; experimental: ways to try; as in
-    EngineConfig. step_timeout: as there; by default 120 s on GPUs, 600 s on CPUs.
+    EngineConfig. step_timeout: as there; by default 120 s on GPUs, 600 s and more on CPUs.
     Raises InputError and DoesNotFit in one line.
     """
     if not isinstance(model, (str, Path)) or not str(model):
@@ -108,6 +109,7 @@ def prepare(
     plan = planned(batch_tokens)
     if max_batch_tokens is None and found[0].kind != "cpu":
         plan = _in_long_steps(plan, planned)
+    weight_bytes = sum(sum(entry.weights.values()) for entry in device_memory(plan))
     config = EngineConfig(
         model=str(model),
         dtype=plan.dtype,
@@ -121,7 +123,7 @@ def prepare(
         overlap=overlap,
         mixed_batch_tokens=min(batch_tokens, max(num_seqs, DEFAULT_BATCH_TOKENS[found[0].kind])),
         experimental=parse_experiments(experimental),
-        step_timeout=step_seconds(step_timeout, found[0].kind),
+        step_timeout=step_seconds(step_timeout, found[0].kind, plan.max_batch_tokens, weight_bytes),
     )
     return Prepared(checkpoint, spec, plan, config)
 

@@ -6,8 +6,9 @@ token, a stop string, a cancellation, the end of a grammar's text) makes one tok
 arrives. What a grammar allows next is not known beforehand either: the step is submitted without, and the masks follow.
 
 Tokens: every sequence that decodes gets its one, so a long prompt delays nobody's next token by more than one step.
-What is left goes to few prompts at a time, those that begin included: the oldest gets on in any case, then those come
-that want least. So a long prompt delays no short one by its length, and many are done one after the other.
+What is left goes to few prompts at a time, those that begin included: the oldest gets on in any case, then keys take
+turns, and of each those come first that want least. So a long prompt delays no short one by its length, and many are
+done one after the other.
 
 Blocks: whoever started first gets them first; the youngest gives its own back when the pool runs dry and computes them
 again later ("preemption with recompute"). It keeps its sampler slot meanwhile, since the history there (for penalties)
@@ -21,7 +22,7 @@ computed anew, for its logits.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
@@ -206,7 +207,9 @@ class Scheduler:
         """Those that could start now, the next first, and how many tokens each wants. One starts when the blocks for
         all tokens it has are free, though it takes them chunk by chunk."""
         found: list[tuple[Sequence, int]] = []
-        slots, free = len(self._free_slots), self.blocks.n_free
+        # Blocks that the running will take for tokens that they have are not free.
+        owed = sum(max(0, self.blocks.blocks_for(each.total) - len(each.table)) for each in self.running)
+        slots, free = len(self._free_slots), self.blocks.n_free - owed
         if not self.waiting or (slots == 0 and next(iter(self.waiting)).slot < 0):
             return found
         filling = {content for sequence in self.running for content in sequence.hashes[sequence.n_filled :]}
@@ -319,10 +322,16 @@ def _shares(
 def _turns(
     running: SequenceOf[tuple[Sequence, int]], newcomers: SequenceOf[tuple[Sequence, int]]
 ) -> list[tuple[Sequence, int]]:
-    """Prompts in the order in which they are computed: the oldest, which thus always gets on; then those that want
-    least, but newcomers in their own order, and one of them in any case, for a short one may wait behind it."""
-    turns = list(running[:1])
-    waiting, new = sorted(running[1:], key=lambda pair: pair[1]), deque(newcomers)
+    """Prompts in the order in which they are computed: the oldest, which thus always gets on; then keys by turns, of
+    each those that want least, but newcomers in their own order, and one of them in any case, for a short one may wait
+    behind it."""
+    turns, new = list(running[:1]), deque(newcomers)
+    of_key: Counter[str] = Counter(sequence.key for sequence, _ in turns)
+    placed = []
+    for sequence, want in sorted(running[1:], key=lambda pair: pair[1]):
+        placed.append((of_key[sequence.key], sequence, want))
+        of_key[sequence.key] += 1
+    waiting = [(sequence, want) for _, sequence, want in sorted(placed, key=lambda entry: (entry[0], entry[2]))]
     admits = not new
     for pair in waiting:
         while new and (new[0][1] < pair[1] or (not admits and len(turns) == MOST_PROMPTS - 1)):

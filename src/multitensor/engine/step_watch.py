@@ -11,16 +11,21 @@ from multitensor.engine.bootstrap import Failure
 from multitensor.errors import InputError
 from multitensor.parallel.futex import Check
 
-# Seconds that a step may take unless the user says otherwise. CPUs may need minutes for 512 tokens of a large model.
+# Seconds that a step may take unless the user says otherwise. CPUs may need minutes for a large model: theirs are for
+# CPU_TOKENS in a step and CPU_BYTES of weights at most, and longer for more.
 DEFAULT_SECONDS = {"cpu": 600.0, "cuda": 120.0}
+CPU_TOKENS = 512
+CPU_BYTES = 20e9
 _LONGEST_LOOK = 1.0
 _STATES = {"T": "is stopped", "t": "is stopped by a debugger", "D": "hangs in the kernel", "Z": "has ended"}
 
 
-def step_seconds(asked: float | None, kind: str) -> float:
-    """The limit for ranks on devices of that kind; 0: none. Raises InputError."""
+def step_seconds(asked: float | None, kind: str, tokens: int = 0, weight_bytes: int = 0) -> float:
+    """The limit for ranks on devices of that kind, with so many tokens in a step and bytes of weights in all; 0: none.
+    Raises InputError."""
     if asked is None:
-        return DEFAULT_SECONDS.get(kind, 0.0)
+        more = max(1.0, tokens / CPU_TOKENS) * max(1.0, weight_bytes / CPU_BYTES) if kind == "cpu" else 1.0
+        return DEFAULT_SECONDS.get(kind, 0.0) * more
     if isinstance(asked, bool) or not isinstance(asked, (int, float)) or not 0 <= asked < float("inf"):
         raise InputError(f"step_timeout must be seconds, or 0 for no limit, not {asked!r}")
     return float(asked)

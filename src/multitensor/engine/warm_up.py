@@ -38,8 +38,9 @@ def shapes(runner: ModelRunner) -> Iterator[tuple[int, int]]:
     for tokens in sorted({longest, min(SHORT_PROMPT, longest)}, reverse=True):
         yield 1, tokens
     most = min(plan.max_num_seqs, plan.kv_tokens // plan.block_size)
-    for sequences in (size for size in GRAPH_BUCKETS if size <= most):
-        yield sequences, 1
+    for smaller, bucket in zip((0, *GRAPH_BUCKETS), GRAPH_BUCKETS, strict=False):
+        if smaller < most:
+            yield min(bucket, most), 1
 
 
 def _step(runner: ModelRunner, number: int, sequences: int, tokens: int) -> StepInput:
