@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from multitensor.engine.batch import SamplingSetup, StepInput
-from multitensor.sharding.memory import GRAPH_BUCKETS
+from multitensor.sharding.memory import buckets_up_to
 
 if TYPE_CHECKING:
     from multitensor.engine.runner import ModelRunner
@@ -38,9 +38,8 @@ def shapes(runner: ModelRunner) -> Iterator[tuple[int, int]]:
     for tokens in sorted({longest, min(SHORT_PROMPT, longest)}, reverse=True):
         yield 1, tokens
     most = min(plan.max_num_seqs, plan.kv_tokens // plan.block_size)
-    for smaller, bucket in zip((0, *GRAPH_BUCKETS), GRAPH_BUCKETS, strict=False):
-        if smaller < most:
-            yield min(bucket, most), 1
+    for bucket in buckets_up_to(most):
+        yield min(bucket, most), 1
 
 
 def _step(runner: ModelRunner, number: int, sequences: int, tokens: int) -> StepInput:

@@ -145,9 +145,12 @@ def graph_buckets(plan: Plan) -> tuple[int, ...]:
     """Sequences of each decode step that is recorded; none on CPUs and in float32."""
     if any(rank.device.kind == "cpu" for rank in plan.ranks) or plan.dtype == "float32":
         return ()
-    return tuple(
-        size for last, size in zip((0, *GRAPH_BUCKETS), GRAPH_BUCKETS, strict=False) if last < plan.max_num_seqs
-    )
+    return buckets_up_to(plan.max_num_seqs)
+
+
+def buckets_up_to(sequences: int) -> tuple[int, ...]:
+    """Those that steps of up to so many sequences need: the last may be larger than they are."""
+    return tuple(size for last, size in zip((0, *GRAPH_BUCKETS), GRAPH_BUCKETS, strict=False) if last < sequences)
 
 
 def graph_words(plan: Plan, sequences: int) -> int:
