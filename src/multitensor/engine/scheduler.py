@@ -207,11 +207,12 @@ class Scheduler:
         """Those that could start now, the next first, and how many tokens each wants. One starts when the blocks for
         all tokens it has are free, though it takes them chunk by chunk."""
         found: list[tuple[Sequence, int]] = []
-        # Blocks that the running will take for tokens that they have are not free.
-        owed = sum(max(0, self.blocks.blocks_for(each.total) - len(each.table)) for each in self.running)
-        slots, free = len(self._free_slots), self.blocks.n_free - owed
+        slots = len(self._free_slots)
         if not self.waiting or (slots == 0 and next(iter(self.waiting)).slot < 0):
             return found
+        # Blocks that the running will take for tokens that they have are not free.
+        owed = sum(max(0, self.blocks.blocks_for(each.total) - len(each.table)) for each in self.running)
+        free = self.blocks.n_free - owed
         filling = {content for sequence in self.running for content in sequence.hashes[sequence.n_filled :]}
         for sequence in self.waiting:
             known = self._known_blocks(sequence) if not sequence.pending else []
