@@ -173,11 +173,13 @@ def test_a_sum_is_finished_when_the_caller_goes_on(size: int) -> None:
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_rank_that_is_gone_is_an_error_and_no_hang(size: int, shares: bool) -> None:
-    with World(size, shares=shares, patience=1.0) as world:
+    with World(size, shares=shares) as world:
 
         def one(rank: int) -> Any:
             for turn in range(4):
                 if rank == size - 1 and turn == 2:
+                    for lanes in world.lanes:
+                        lanes.patience = 1.0
                     return "gone"
                 world.sums[rank].all_reduce(torch.ones(50000))
             return "finished"
@@ -198,7 +200,7 @@ def test_processes_sum_until_one_is_killed() -> None:
         lock = (lambda address, nbytes: address), (lambda address: None)
         memory = open_host_memory(rank, size, CPU, NBYTES, group.gather_objects, lock, lambda memory: None)
         assert isinstance(memory, HostMemory), memory
-        lanes = ThreadLanes(memory, patience=3.0)
+        lanes = ThreadLanes(memory)
         sums = LargeSums(lanes, memory, slots=SLOTS, slot_bytes=SLOT_BYTES)
         lanes.flags = sums.flags
         group.barrier()
@@ -209,6 +211,7 @@ def test_processes_sum_until_one_is_killed() -> None:
             if os.fork() == 0:  # answers for the rank, which does not live to
                 return "killed"
             os.kill(os.getpid(), signal.SIGKILL)
+        lanes.patience = 3.0
         began = time.monotonic()
         with pytest.raises(RankFailed):
             sums.all_reduce(torch.ones(50000, dtype=torch.float16))

@@ -63,11 +63,11 @@ class ThreadLanes:
                 self.error = error
 
     def _until(self, reached: Callable[[], bool], what: str) -> None:
-        deadline = time.monotonic() + self.patience
+        began = time.monotonic()
         while not reached():
             if self.error is not None:
                 raise self.error
-            if time.monotonic() > deadline:
+            if time.monotonic() > began + self.patience:  # which may change meanwhile
                 raise RankFailed(f"waited in vain for {what}")
             time.sleep(0.0002)
 
