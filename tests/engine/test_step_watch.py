@@ -38,6 +38,19 @@ def test_gaps_between_two_looks_count_as_a_second(monkeypatch: pytest.MonkeyPatc
     assert looks == 5
 
 
+def test_time_counts_from_the_last_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 0.9, 1.8, 2.7, 3.6, 4.5])
+    monkeypatch.setattr(step_watch.time, "monotonic", lambda: next(times))
+    watch = StepWatch(2.0, lambda: None, late)
+    watch()
+    watch()
+    watch.news()
+    watch()
+    watch()
+    with pytest.raises(Late):
+        watch()
+
+
 def test_without_a_limit_nothing_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(step_watch.time, "monotonic", lambda: now[0])
@@ -71,7 +84,7 @@ def test_which_rank_it_is(letter: str, behind: tuple[int, ...], told: str, monke
     states: dict[int, str] = {pid: letter, 1: "S"}
     state: Callable[[int], str] = states.__getitem__
     monkeypatch.setattr(step_watch, "_state", state)
-    failure = describe_silence("a step", 120.0, ("cuda:0", "cuda:1"), {0: 1, 1: pid}, behind)
+    failure = describe_silence("no answer to a step", 120.0, ("cuda:0", "cuda:1"), {0: 1, 1: pid}, behind)
     assert failure.message == f"no answer to a step within 120 s: {told.format(pid=pid)}"
     assert failure.kind == "RankFailed" and not failure.secondary
 

@@ -99,6 +99,8 @@ class FakeRunner:
             os._exit(7)
         if self.behaviour == "sleep":
             time.sleep(600)
+        if self.behaviour == "stop" and self.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
         if progress is not None:
             progress(100 + self.rank, 200)
         self.group.barrier()
@@ -113,6 +115,9 @@ class FakeRunner:
 
     def memory(self) -> int:
         return self.rank
+
+    def warm_up(self) -> None:
+        time.sleep(600)
 
     def pid(self) -> int:
         return os.getpid()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,15 +12,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NoReturn
 
 import psutil
 import pytest
 from rank_fakes import FACTORY, make_config, make_plan, make_step, wait_gone
 
-from multitensor.engine import supervisor
+from multitensor.engine import process_executor, step_watch, supervisor
 from multitensor.engine.process_executor import ProcessExecutor
+from multitensor.engine.step_watch import StepWatch
 from multitensor.errors import DoesNotFit, InputError, MultitensorError, RankFailed
 
 pytestmark = pytest.mark.processes
@@ -170,6 +175,44 @@ def test_a_stopped_rank_is_told_and_killed(executor: ProcessExecutor, stopped: i
     with pytest.raises(RankFailed, match="is stopped"):
         executor.check()
     assert wait_gone(pids, 2.0) == []
+
+
+def test_a_rank_that_stops_while_loading_is_told(executor: ProcessExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_executor, "LONG_SECONDS", 4.0)
+    with pytest.raises(RankFailed, match=r"^no progress in loading within 4 s: "):
+        executor.start(make_plan(2), make_config("stop", step_timeout=0.5))
+
+
+def test_a_rank_that_does_not_warm_up_is_told(executor: ProcessExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor.start(make_plan(1), make_config(step_timeout=0.1))
+    monkeypatch.setattr(process_executor, "LONG_SECONDS", 1.0)
+    with pytest.raises(RankFailed, match=r"^no answer to warm_up within 1 s: "):
+        executor.call("warm_up")
+
+
+@pytest.mark.parametrize("loaded", [[], [0, 10, 10, 20, 30, 30, 40, 50, 60, 70, 80]])
+def test_ranks_may_load_as_long_as_they_get_on(loaded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looks a second apart, of which three may bring no news."""
+    clock = itertools.count()
+    monkeypatch.setattr(step_watch.time, "monotonic", lambda: float(next(clock)))
+    done, told = iter(loaded), []
+
+    def late() -> NoReturn:
+        raise RankFailed("late")
+
+    def receive(rank: int, check: Callable[[], None]) -> None:
+        for _ in range(10):
+            check()
+
+    ranks = SimpleNamespace(
+        size=1,
+        check=lambda: None,
+        channel=SimpleNamespace(progress=lambda: (next(done, 0), 90), receive=receive),
+        watch=lambda silence, check, long: StepWatch(3.0, check, late),
+    )
+    with contextlib.nullcontext() if loaded else pytest.raises(RankFailed, match="late"):
+        ProcessExecutor()._wait_ready(ranks, lambda now, total: told.append(now))  # type: ignore[arg-type]
+    assert told == sorted({0, *loaded})
 
 
 def test_a_rank_that_no_kill_ends_does_not_hold_up_the_engine(

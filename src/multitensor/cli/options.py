@@ -82,7 +82,8 @@ StepTimeout = Annotated[
         "--step-timeout",
         metavar="SECONDS",
         help="Ranks that do not answer to a step for so long are ended, and `serve` starts them again; 0: never. "
-        "Compiling kernels at their first use counts. Default: 120 on GPUs, 600 and more on CPUs.",
+        "Compiling kernels at their first use counts. Loading may go five times as long, and 300 s at least, without "
+        "any progress. Default: 120 on GPUs, 600 and more on CPUs.",
         min=0,
         show_default=False,
     ),

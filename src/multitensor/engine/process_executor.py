@@ -24,7 +24,12 @@ from multitensor.parallel.shared_region import SharedRegion
 from multitensor.parallel.step_channel import EngineChannel
 from multitensor.sharding.plan import Plan
 
-QUICK_CALLS = frozenset({"memory", "reductions"})  # these only look; others, as verify, take as long as they take
+QUICK_CALLS = frozenset({"memory", "reductions"})  # these only look: no longer than a step
+LONG_CALLS = frozenset({"warm_up"})  # steps that compile kernels; others, as verify, take as long as they take
+# How many times as long as a step loading may go without any progress, and a long call, and how long at least.
+LONG_STEPS = 5
+LONG_SECONDS = 300.0
+NO_ANSWER = "no answer to a step"
 
 
 class _Ranks:
@@ -69,17 +74,21 @@ class _Ranks:
         if not self.supervisor.is_alive():
             raise RankFailed("the ranks have been ended")
 
-    def watch(self, what: str, check: Callable[[], None] | None = None) -> StepWatch:
-        """The check of a wait for an answer: after step_timeout seconds the ranks are given up, and killed.
-        what: is waited for. check: what else is to be done meanwhile, instead of `self.check`."""
+    def watch(self, silence: str, check: Callable[[], None] | None = None, *, long: bool = False) -> StepWatch:
+        """The check of a wait for the ranks: after step_timeout seconds, or LONG_STEPS times as many, they are given
+        up, and killed. silence: what there is not, as "no answer to a step". check: what else is to be done meanwhile,
+        instead of `self.check`."""
+        limit = self._step_seconds
+        if long and limit:
+            limit = max(LONG_SECONDS, LONG_STEPS * limit)
 
         def late() -> NoReturn:
             pids, behind = self.supervisor.pids(), self.channel.behind()
-            failure = describe_silence(what, self._step_seconds, self._names, pids, behind)
+            failure = describe_silence(silence, limit, self._names, pids, behind)
             self.supervisor.accuse(failure)
             raise failure.error()
 
-        return StepWatch(self._step_seconds, check or self.check, late)
+        return StepWatch(limit, check or self.check, late)
 
     def close(self) -> None:
         """Safe to call twice, and again after an interruption."""
@@ -159,12 +168,15 @@ class ProcessExecutor:
             nonlocal last
             ranks.check()
             now = ranks.channel.progress()
-            if progress is not None and now != last:
+            if now != last:
                 last = now
-                progress(*now)
+                watch.news()
+                if progress is not None:
+                    progress(*now)
 
+        watch = ranks.watch("no progress in loading", check, long=True)
         for rank in range(ranks.size):
-            ranks.channel.receive(rank, check)
+            ranks.channel.receive(rank, watch)
         check()
 
     def _started(self) -> _Ranks:
@@ -178,24 +190,24 @@ class ProcessExecutor:
 
     def submit(self, step: StepInput) -> None:
         ranks = self._started()
-        ranks.channel.send(("step", step), ranks.watch("a step", lambda: self._while_full(ranks)))
+        ranks.channel.send(("step", step), ranks.watch(NO_ANSWER, lambda: self._while_full(ranks)))
 
     def send_masks(self, masks: StepMasks) -> None:
         ranks = self._started()
-        ranks.channel.send(("masks", masks), ranks.watch("a step", lambda: self._while_full(ranks)))
+        ranks.channel.send(("masks", masks), ranks.watch(NO_ANSWER, lambda: self._while_full(ranks)))
 
     def _while_full(self, ranks: _Ranks) -> None:
         """The ring of steps is full. Rank 0 may be waiting in turn for us to read its results."""
         ranks.check()
         while ranks.channel.pending(0):
-            self._waiting.append(ranks.channel.receive(0, ranks.check)[1])
+            self._waiting.append(ranks.channel.receive(0, ranks.watch(NO_ANSWER))[1])
 
     def collect(self) -> StepOutput:
         """There must be a submitted step whose result has not been collected."""
         ranks = self._started()
         if self._waiting:
             return self._waiting.popleft()
-        output: StepOutput = ranks.channel.receive(0, ranks.watch("a step"))[1]
+        output: StepOutput = ranks.channel.receive(0, ranks.watch(NO_ANSWER))[1]
         return output
 
     def rank_seconds(self) -> RankSeconds:
@@ -203,10 +215,11 @@ class ProcessExecutor:
 
     def call(self, method: str, **arguments: Any) -> list[Any]:
         ranks = self._started()
-        ranks.channel.send(("call", method, arguments), lambda: self._while_full(ranks))
+        ranks.channel.send(("call", method, arguments), ranks.watch(NO_ANSWER, lambda: self._while_full(ranks)))
         values = []
         for rank in range(ranks.size):
-            check = ranks.watch(method) if method in QUICK_CALLS else ranks.check
+            long, watched = method in LONG_CALLS, method in QUICK_CALLS | LONG_CALLS
+            check = ranks.watch(f"no answer to {method}", long=long) if watched else ranks.check
             kind, value = ranks.channel.receive(rank, check)
             while kind == "step":
                 self._waiting.append(value)

@@ -43,6 +43,10 @@ class StepWatch:
         self._waited = 0.0
         self._last = time.monotonic()
 
+    def news(self) -> None:
+        """The ranks have shown that they go on: time counts from here."""
+        self._waited = 0.0
+
     def __call__(self) -> None:
         self._check()
         now = time.monotonic()
@@ -53,10 +57,10 @@ class StepWatch:
 
 
 def describe_silence(
-    what: str, limit: float, names: Sequence[str], pids: Mapping[int, int], behind: Sequence[int]
+    silence: str, limit: float, names: Sequence[str], pids: Mapping[int, int], behind: Sequence[int]
 ) -> Failure:
-    """Whose fault it is, as far as that can be seen from outside. names: device of each rank. pids: by rank, where
-    known. behind: ranks that have not read what others have."""
+    """Whose fault it is, as far as that can be seen from outside. silence: as "no answer to a step". names: device of
+    each rank. pids: by rank, where known. behind: ranks that have not read what others have."""
     told = []
     for rank, name in enumerate(names):
         state = _STATES.get(_state(pids[rank]), "") if rank in pids else ""
@@ -66,7 +70,7 @@ def describe_silence(
             process = f", process {pids[rank]}," if rank in pids else ""
             told.append(f"rank {rank} ({name}){process} {state}")
     which = "; ".join(told) or f"it is not known which of the {len(names)} ranks hangs"
-    return Failure("RankFailed", f"no answer to {what} within {limit:g} s: {which}")
+    return Failure("RankFailed", f"{silence} within {limit:g} s: {which}")
 
 
 def _state(pid: int) -> str:

@@ -83,7 +83,7 @@ class Supervisor(threading.Thread):
         self._wake()
 
     def pids(self) -> dict[int, int]:
-        """By rank: its process. For when all ranks are ready."""
+        """By rank: its process, of those started so far."""
         return {rank.number: rank.pid for rank in self._ranks}
 
     def _wake(self) -> None:
