@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from multitensor.engine.batch import SamplingSetup
+from multitensor.engine.batch import SamplingSetup, TokenLogprobs
+from multitensor.engine.logprobs import Logprobs
 from multitensor.engine.sampler import Sampler
 from multitensor.engine.uniforms import derive_seed, uniform
 
@@ -35,6 +36,16 @@ def setup(slot: int = 0, **changes: object) -> SamplingSetup:
         "prompt_ids": np.zeros(0, np.int32),
     }
     return SamplingSetup(**{**values, **changes})
+
+
+def read(logprobs: Logprobs | None) -> dict[int, TokenLogprobs]:
+    """As a runner reads them when the step ends."""
+    assert logprobs is not None
+    if logprobs.packed.device.type == "cpu":
+        return logprobs.read()
+    found = logprobs.to_host()
+    torch.cuda.synchronize()
+    return found.read()
 
 
 def oracle_weights(logits: np.ndarray, params: SamplingSetup, outputs: list[int]) -> np.ndarray:
@@ -106,7 +117,7 @@ def test_every_combination_equals_the_oracle(device: str, vocab: int, rows: list
         shares = random.random(len(rows))
         given_logits = torch.from_numpy(logits.copy()).to(device)
         ids, logprobs = sampler.sample(given_logits, slots, shares)
-        assert not logprobs
+        assert logprobs is None
         assert np.array_equal(given_logits.cpu().numpy(), logits)
         assert sampler.last_tokens[slots].tolist() == ids.tolist()
         for row, (params, token) in enumerate(zip(setups, ids.tolist(), strict=True)):
@@ -200,7 +211,8 @@ def test_logprobs_are_the_models_own(device: str, temperature: float) -> None:
     sampler = Sampler(3, 90, 64, torch.device(device))
     for slot, k in enumerate((4, -1, 0)):
         sampler.admit(setup(slot, temperature=temperature, top_k=5, logit_bias={8: 3.0}, logprobs=k))
-    ids, logprobs = sampler.sample(torch.from_numpy(logits).to(device), np.arange(3), random.random(3))
+    ids, found = sampler.sample(torch.from_numpy(logits).to(device), np.arange(3), random.random(3))
+    logprobs = read(found)
     exact = logits.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(1, keepdims=True))
     assert set(logprobs) == {0, 2}
@@ -223,7 +235,7 @@ def test_rows_beyond_one_group_keep_their_order(monkeypatch: pytest.MonkeyPatch)
         for slot in range(9):
             sampler.admit(setup(slot, temperature=float(slot % 2), top_p=0.9, logprobs=2, presence_penalty=0.1))
         ids, logprobs = sampler.sample(logits, np.arange(9), shares)
-        results.append((ids.tolist(), logprobs))
+        results.append((ids.tolist(), read(logprobs)))
     assert results[0] == results[1]
 
 
@@ -265,8 +277,10 @@ def test_only_what_a_mask_allows_is_sampled(device: str, data: st.DataObject) ->
     rng = np.random.default_rng(data.draw(st.integers(0, 1 << 30)))
     logits = rng.normal(0, 3, (rows, vocab)).astype(np.float32)
     sampler = Sampler(rows, vocab, 16, torch.device(device))
-    for slot in range(rows):
-        sampler.admit(setup(slot, temperature=float(slot % 2), top_k=data.draw(st.sampled_from([0, 3]))))
+    top_ks = [data.draw(st.sampled_from([0, 3])) for _ in range(rows)]
+    setups = [setup(slot, temperature=float(slot % 2), top_k=top_k) for slot, top_k in enumerate(top_ks)]
+    for request in setups:
+        sampler.admit(request)
     sets = {row: rng.choice(vocab, rng.integers(1, 12), replace=False) for row in data.draw(st.sets(st.integers(0, 3)))}
     masks = {}
     for row, tokens in sets.items():
@@ -283,6 +297,20 @@ def test_only_what_a_mask_allows_is_sampled(device: str, data: st.DataObject) ->
             assert ids[row] == max(tokens, key=lambda token: logits[row, token])
     fresh = Sampler(rows, vocab, 16, torch.device(device))
     for slot in range(rows):
-        fresh.admit(sampler._setup(slot))
+        fresh.admit(setups[slot])
     free = fresh.sample(given_logits, slots, uniforms)[0].tolist()
     assert all(ids[row] == free[row] for row in range(rows) if row not in sets)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_logprobs_of_broken_logits(device: str) -> None:
+    """What cannot be sampled has log-probability -inf; where one number is no number, none is."""
+    logits = torch.tensor([[1.0, -math.inf, 3.0], [0.0, math.nan, 1.0]], device=device)
+    sampler = Sampler(2, 3, 64, torch.device(device))
+    for slot in range(2):
+        sampler.admit(setup(slot, logprobs=3))
+    found = read(sampler.sample(logits, np.arange(2), np.zeros(2))[1])
+    rest = math.log1p(math.exp(-2.0))
+    assert found[0].top_ids == [2, 0, 1] and found[0].token_rank == 1
+    assert found[0].top_logprobs == pytest.approx([-rest, -2.0 - rest, -math.inf], abs=1e-12)
+    assert math.isnan(found[1].token_logprob) and all(math.isnan(value) for value in found[1].top_logprobs)

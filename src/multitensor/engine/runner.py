@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from multitensor.config import Q8_WIRE, EngineConfig
-from multitensor.engine.batch import StepInput, StepOutput, TokenLogprobs
+from multitensor.engine.batch import StepInput, StepOutput
 from multitensor.engine.executor import Progress
+from multitensor.engine.logprobs import Logprobs
 from multitensor.engine.rank_clock import RankClock
 from multitensor.engine.sampler import Sampler
 from multitensor.engine.statistics import Stages
@@ -57,8 +58,8 @@ class ForwardedStep:
 
 @dataclass(frozen=True)
 class BegunStep:
-    """A step that is queued on the device. ids: int64 of the sequences `chosen`, on the host once `copied` is over
-    (None: they are there already)."""
+    """A step that is queued on the device. ids: int64 of the sequences `chosen`, and logprobs, by row of these: on the
+    host once `copied` is over (None: they are there already)."""
 
     step: int
     sequences: int
@@ -66,7 +67,7 @@ class BegunStep:
     ids: torch.Tensor
     copied: torch.cuda.Event | None
     started: torch.cuda.Event | None
-    logprobs: dict[int, TokenLogprobs]
+    logprobs: Logprobs | None
     scores: dict[int, list[Score]]
     sums: dict[int, np.ndarray]
 
@@ -222,25 +223,27 @@ class ModelRunner:
             self.clock.add_between(begun.started, begun.copied)
         token_ids = np.full(begun.sequences, -1, dtype=np.int64)
         token_ids[begun.chosen] = begun.ids.numpy()
-        return StepOutput(begun.step, token_ids, begun.logprobs, begun.scores, begun.sums)
+        logprobs = {} if begun.logprobs is None else begun.logprobs.read()
+        by_sequence = {int(begun.chosen[row]): value for row, value in logprobs.items()}
+        return StepOutput(begun.step, token_ids, by_sequence, begun.scores, begun.sums)
 
     def _begun(
         self,
         forwarded: ForwardedStep,
         ids: torch.Tensor,
-        logprobs: dict[int, TokenLogprobs],
+        logprobs: Logprobs | None,
         scores: dict[int, list[Score]],
         sums: dict[int, np.ndarray],
     ) -> BegunStep:
-        """ids: int64 on the device, of the sequences `chosen`; logprobs by row of ids."""
+        """ids: int64 on the device, of the sequences `chosen`."""
         step, chosen, copied = forwarded.step, forwarded.chosen, None
         if self.device.type == "cuda":
             host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=True)
             host.copy_(ids, non_blocking=True)
+            logprobs = None if logprobs is None else logprobs.to_host()
             copied = self.clock.mark()
             ids = host
-        by_sequence = {int(chosen[row]): value for row, value in logprobs.items()}
-        return BegunStep(step.step, len(step.slots), chosen, ids, copied, forwarded.started, by_sequence, scores, sums)
+        return BegunStep(step.step, len(step.slots), chosen, ids, copied, forwarded.started, logprobs, scores, sums)
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""
@@ -260,12 +263,12 @@ class ModelRunner:
 
     def _sample(
         self, forwarded: ForwardedStep, masks: Mapping[int, np.ndarray]
-    ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
-        """(ids int64 on the device of the sequences that sample, log-probabilities by row of the ids). masks: by
-        sequence number."""
+    ) -> tuple[torch.Tensor, Logprobs | None]:
+        """(ids int64 on the device of the sequences that sample, their log-probabilities). masks: by sequence
+        number."""
         step, chosen = forwarded.step, forwarded.chosen
         if forwarded.logits is None:
-            return torch.zeros(0, dtype=torch.int64, device=self.device), {}
+            return torch.zeros(0, dtype=torch.int64, device=self.device), None
         by_row = {row: masks[int(number)] for row, number in enumerate(chosen) if int(number) in masks}
         return self.sampler.sample(
             forwarded.logits, step.slots[chosen], step.uniforms[chosen], by_row, forwarded.likeliest

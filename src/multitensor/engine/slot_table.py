@@ -1,0 +1,67 @@
+"""What the requests in a sampler's slots ask for, as arrays by slot: a step looks its rows up all at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from multitensor.engine.batch import SamplingSetup
+
+
+class SlotTable:
+    """Arrays [slots] on the host; a slot's entries stand until the next request takes it.
+
+    temperature, min_p, top_p, repetition, presence, frequency: float32. top_k: int64, 0 where every token passes.
+    random: temperature above 0. filtered: top-k or top-p drop something. penalised: any of the three penalties.
+    plain_greedy: nothing but the likeliest token of the model's own logits. biased, suppressing: logit_bias; tokens
+    kept from being sampled before min_tokens. logprobs: as SamplingSetup. sampled: tokens sampled so far. prompt_lens:
+    tokens of the prompt in the history that penalties look at.
+    """
+
+    def __init__(self, slots: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._setups: list[SamplingSetup | None] = [None] * slots
+        self.temperature, self.min_p, self.top_p, self.repetition, self.presence, self.frequency = np.zeros(
+            (6, slots), np.float32
+        )
+        self.top_k, self.min_tokens, self.sampled, self.prompt_lens = np.zeros((4, slots), np.int64)
+        self.logprobs = np.full(slots, -1, np.int64)
+        self.known, self.random, self.filtered, self.penalised, self.plain_greedy, self.biased, self.suppressing = (
+            np.zeros((7, slots), bool)
+        )
+
+    def admit(self, setup: SamplingSetup) -> None:
+        """A new request takes its slot; what was there is forgotten."""
+        slot = setup.slot
+        self._setups[slot] = setup
+        self.known[slot] = True
+        self.temperature[slot], self.min_p[slot], self.top_p[slot] = setup.temperature, setup.min_p, setup.top_p
+        self.repetition[slot], self.presence[slot] = setup.repetition_penalty, setup.presence_penalty
+        self.frequency[slot] = setup.frequency_penalty
+        self.top_k[slot] = setup.top_k if setup.top_k < self._vocab_size else 0
+        self.random[slot] = setup.temperature > 0
+        self.filtered[slot] = self.top_k[slot] > 0 or setup.top_p < 1
+        penalties = (setup.repetition_penalty, setup.presence_penalty, setup.frequency_penalty)
+        self.penalised[slot] = penalties != (1.0, 0.0, 0.0)
+        self.biased[slot] = bool(setup.logit_bias)
+        self.min_tokens[slot] = setup.min_tokens
+        self.suppressing[slot] = bool(setup.min_tokens and setup.suppress_ids)
+        touched = self.random[slot] or self.penalised[slot] or self.biased[slot] or self.suppressing[slot]
+        self.plain_greedy[slot] = not touched
+        self.logprobs[slot] = setup.logprobs
+        self.sampled[slot] = 0
+        self.prompt_lens[slot] = len(setup.prompt_ids)
+
+    def setup(self, slot: int) -> SamplingSetup:
+        found = self._setups[slot]
+        if found is None:
+            raise RuntimeError(f"sampler slot {slot} was never set up")
+        return found
+
+    def require(self, slots: np.ndarray) -> None:
+        """Raises RuntimeError unless requests have taken all of these slots."""
+        if not self.known[slots].all():
+            raise RuntimeError(f"sampler slot {slots[~self.known[slots]][0]} was never set up")
+
+    def suppressed(self, slots: np.ndarray) -> np.ndarray:
+        """Rows whose requests have not sampled min_tokens yet, and have ids that wait for that."""
+        return np.flatnonzero(self.suppressing[slots] & (self.sampled[slots] < self.min_tokens[slots]))
