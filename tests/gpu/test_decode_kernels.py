@@ -119,6 +119,7 @@ class Paged:
 
 MIXED = [0, 15, 16, -1, 300, 1023, 5000]
 LLAMA = [head // 8 for head in range(16)]
+MANY = [(37 * row * row) % 700 + (7000 if row % 21 == 5 else 0) for row in range(60)] + [-1] * 4
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,8 @@ LLAMA = [head // 8 for head in range(16)]
         (128, LLAMA, [40000, 3, 20000, 900] * 2, HALF, HALF, None, None),
         (128, LLAMA, [5000] * 3, HALF, HALF, 1024, None),
         (128, LLAMA, [900, -1] * 32, HALF, HALF, None, None),
+        (128, LLAMA, MANY, BFLOAT, BFLOAT, None, None),
+        (128, LLAMA, MANY, HALF, "q4", 300, None),
         (128, [0] * 16 + [1] * 3, MIXED, HALF, HALF, None, None),
         (128, [0] * 11, [9000], BFLOAT, BFLOAT, 4000, None),
         (64, [0, 0, 0, 1, 1, 1, 2, 2, 2], MIXED, BFLOAT, BFLOAT, 100, None),
@@ -158,7 +161,7 @@ LLAMA = [head // 8 for head in range(16)]
         (256, [0] * 4, MIXED, HALF, "q4", None, None),
     ],
 )
-@pytest.mark.parametrize("warps", [8, 16])
+@pytest.mark.parametrize("warps", [4, 8, 16])
 def test_attention(
     kernels: Any,
     head_dim: int,

@@ -127,3 +127,48 @@ def check_rotation(
         first, second = before[:, :half], before[:, half:]
         wanted = torch.cat((first * c - second * s, second * c + first * s), dim=1)
         assert torch.allclose(after.float(), wanted, rtol=1e-2, atol=1e-2)
+
+
+LENGTHS = {
+    "alike": ([40, 47, 33, 40, 41], None),
+    "one is long": ([3, 600, 0, 17, 30, 16, 15], None),
+    "one is long, a window": ([3, 600, 0, 17, 30, 500, 15], 100),
+    "more than fill the GPU": ([90, 5, -1, 64] * 5 + [333], None),
+    "more than a warp has lanes": ([20 + 7 * row % 50 for row in range(36)] + [-1, 400], None),
+    "alone": ([700], None),
+}
+
+
+@pytest.mark.parametrize("warps", [4, 8])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_any_lengths_beside_each_other(name: str, warps: int, queue: emulated_cuda.Queue) -> None:
+    """Each sequence gets what it would get alone, in its own rows, and no other row is touched; scratch and
+    counters serve for the next launch."""
+    positions, window = LENGTHS[name]
+    kv_map, kv_heads, head_dim, count = [0, 0, 1], 2, 64, len(positions)
+    batch = Batch(positions, kv_heads, head_dim, "f16")
+    generator = torch.Generator().manual_seed(5)
+    for cache in (batch.keys, batch.values):  # the new tokens', that their projection has written
+        new = torch.randn(count, kv_heads, head_dim, generator=generator)
+        live = torch.tensor(positions) >= 0
+        cache.flatten(0, 1)[batch.slots[live]] = new[live].to(cache.dtype)  # type: ignore[union-attr]
+    shape = (kv_map, kv_heads, head_dim, torch.float16, torch.float16, BLOCK, count)
+    attention = DecodeAttention(DecodeKernels(CPU), *shape, scale=0.2, window=window, min_keys=32, warps=warps)
+    attention._partials.fill_(float("nan"))
+    attention._stats.fill_(float("nan"))
+    rows = torch.randperm(count + 3, generator=generator)[:count]
+    q = torch.randn(count + 3, len(kv_map), head_dim, generator=generator).half()
+    at, tables = torch.tensor(positions, dtype=torch.int32), torch.from_numpy(batch.tables)
+    wanted = batch.attention(q[rows], kv_map, scale=0.2, window=window)
+    live_rows = rows[at >= 0]
+    for seed in range(2):
+        out = torch.full((count + 3, len(kv_map) * head_dim), 7.0, dtype=torch.float16)
+        arguments = (q.flatten(1), batch.keys, batch.values, at, tables, out)
+        attention.attend(*arguments, rows=rows.to(torch.int32))
+        assert queue.run(1, seed=seed)
+        found = out[live_rows].unflatten(1, (len(kv_map), head_dim)).float()
+        errors = (found - wanted).flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+        assert float(errors.max()) < ROUNDING[torch.float16]
+        assert (out[rows[at < 0]] == 0).all()
+        others = [row for row in range(count + 3) if row not in rows.tolist()]
+        assert (out[others] == 7).all()

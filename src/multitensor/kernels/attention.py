@@ -6,7 +6,7 @@ prefills run a chunk of queries at a time, long caches are read a few KV heads a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -89,12 +89,13 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     prompts: PromptAttention | None = None,
+    singles: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """q [T, query heads, D] attends to its sequences' cached keys, the step's own (already written) included.
 
     The query at position p sees positions (p - window, p]; scores are scaled, then softcap * tanh(score / softcap).
     Caches: [blocks, block_size, KV heads, D]. Returns [T, query heads, D] in q's dtype. prompts: a way for sequences of
-    several new tokens that see all before them.
+    several new tokens that see all before them. singles: a way for those of one, which fills their rows of the result.
     """
     if q.numel() == 0:
         return torch.empty_like(q)
@@ -102,16 +103,19 @@ def paged_attention(
     grouped = groups.split(q.to(working_dtype(q, k_cache, softcap)))
     out = torch.empty_like(grouped)
     attend = _Attend(k_cache, v_cache, inputs, grouped.dtype, scale, window, softcap, prompts)
-    batched = inputs.has_decodes and batches_decodes(q.device)
+    batched = singles is None and inputs.has_decodes and batches_decodes(q.device)
     if batched:
         attend.decode(grouped, out)
     for sequence, length in enumerate(inputs.query_lens):
-        if length > 1 or (length == 1 and not batched):
+        if length > 1 or (length == 1 and not batched and singles is None):
             start = inputs.query_starts[sequence]
             rows = slice(start, start + length)
             alone = length == q.shape[0]
             attend.sequence(sequence, grouped if alone else grouped[rows], out if alone else out[rows])
-    return groups.merge(out).to(q.dtype)
+    result = groups.merge(out).to(q.dtype)
+    if singles is not None:
+        singles(result)
+    return result
 
 
 class _Attend:

@@ -27,6 +27,17 @@ class DecodeChunk(NamedTuple):
     mask: torch.Tensor
 
 
+class SingleTokens(NamedTuple):
+    """S sequences of a step that have one query token each, all int32.
+
+    rows: [S] flat query row of each. positions: [S]. tables: [S, B], as AttentionInputs.block_tables.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    tables: torch.Tensor
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """S sequences with T query tokens in all, laid one after another; see engine/batch.py for the step they come from.
@@ -53,6 +64,7 @@ class AttentionInputs:
         default_factory=dict, repr=False, compare=False
     )
 
+    _single_tokens: dict[int, list[SingleTokens]] = field(default_factory=dict, repr=False, compare=False)
     _slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
@@ -105,6 +117,18 @@ class AttentionInputs:
             every = (table.unsqueeze(1) * size + torch.arange(size, device=table.device)).flatten()
             self._slots[key] = every[first - block * size : stop - block * size]
         return self._slots[key]
+
+    def single_tokens(self, most: int) -> list[SingleTokens]:
+        """The one-token sequences, so many at a time. Made at the first layer, then shared by the step's others."""
+        if most not in self._single_tokens:
+            every = [s for s, length in enumerate(self.query_lens) if length == 1]
+            table = [every, [self.query_starts[s] for s in every], [self.context_lens[s] for s in every]]
+            device = self.block_tables.device
+            numbers = to_device(np.array(table, np.int32).reshape(3, -1), device)
+            tables = self.block_tables.index_select(0, numbers[0]).to(torch.int32)
+            groups = zip(numbers[1].split(most), numbers[2].split(most), tables.split(most), strict=True)
+            self._single_tokens[most] = [SingleTokens(*group) for group in groups] if every else []
+        return self._single_tokens[most]
 
     def decode_chunks(self, window: int | None, max_tokens: int) -> list[DecodeChunk]:
         """The one-token sequences in chunks of about max_tokens padded keys. Made at the first layer of a kind, then

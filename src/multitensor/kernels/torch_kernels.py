@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Literal
 
 import torch
@@ -222,8 +222,24 @@ class Kernels:
         groups = self._head_groups.get(key)
         if groups is None:
             groups = self._head_groups[key] = HeadGroups(*key, q.device)
-        prompts = self.prompt_attention
-        return reference.paged_attention(q, k_cache, v_cache, inputs, groups, scale, window, softcap, prompts)
+        prompts, singles = self.prompt_attention, None
+        if inputs.has_decodes:
+            singles = self.single_tokens(q, k_cache, v_cache, inputs, kv_map, scale, window, softcap)
+        return reference.paged_attention(q, k_cache, v_cache, inputs, groups, scale, window, softcap, prompts, singles)
+
+    def single_tokens(
+        self,
+        q: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        inputs: AttentionInputs,
+        kv_map: Sequence[int],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Callable[[torch.Tensor], None] | None:
+        """A way of its own for the sequences of one query token, for `paged_attention`; None: it has none."""
+        return None
 
     def gated_activation(
         self, gate: torch.Tensor, up: torch.Tensor, kind: Literal["silu", "gelu_tanh"]

@@ -185,7 +185,8 @@ def _attention_scratch(rank: RankPlan, head_dim: int, sequences: int) -> int:
     most = 0
     for wide in (8, 16):
         jobs = sum(-(-run // wide) for run in runs)
-        pieces = max(1, min(64, 2 * PROCESSORS // jobs)) + sequences
+        at_once = max(1, 4 * PROCESSORS // jobs)  # blocks that run at once have a piece each
+        pieces = min(64, at_once) if sequences == 1 else at_once + sequences
         most = max(most, 4 * jobs * (pieces * wide * (head_dim + 2) + sequences + 3))
     return most
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 
 from multitensor.config import INT8_PROMPTS
+from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
@@ -15,6 +17,7 @@ from multitensor.kernels.cuda.int8 import Int8Products, is_int8_possible
 from multitensor.kernels.cuda.joined import join_planes, join_tiles, joined_plane
 from multitensor.kernels.cuda.matrix import MAX_TOKENS, TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
+from multitensor.kernels.cuda.single_tokens import SingleTokens
 from multitensor.kernels.cuda.small_batch import MAX_TOKENS as SMALL_BATCH_TOKENS
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor, to_tiles
@@ -43,6 +46,7 @@ class CudaKernels(Kernels):
         self.decode_kernels = DecodeKernels(device)
         self.prefill_kernels = PrefillKernels(device)
         self.prompt_attention = PromptAttention(device)
+        self.singles = SingleTokens(self.decode_kernels)
 
     def try_out(self, experimental: frozenset[str]) -> None:
         if INT8_PROMPTS in experimental and is_int8_possible(self.device):
@@ -161,6 +165,22 @@ class CudaKernels(Kernels):
             return super().project(x, projection, cos, sin, k_cache, v_cache, slot_mapping)
         qkv = self.joined_linear(x, projection.weights, projection.biases)
         return self.prefill_kernels.rope_write_kv(qkv, projection, cos, sin, k_cache, v_cache, slot_mapping)
+
+    def single_tokens(
+        self,
+        q: torch.Tensor,
+        k_cache: CacheTensor,
+        v_cache: CacheTensor,
+        inputs: AttentionInputs,
+        kv_map: Sequence[int],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> Callable[[torch.Tensor], None] | None:
+        if not self.singles.takes(q, k_cache, v_cache):
+            return None
+        attend = partial(self.singles.attend, q, k_cache, v_cache, inputs, kv_map)
+        return partial(attend, scale=scale, window=window, softcap=softcap)
 
     def linear_in_parts(
         self, x: torch.Tensor, sizes: Sequence[int], w: QuantTensor, bias: torch.Tensor | None = None

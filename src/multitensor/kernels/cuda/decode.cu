@@ -253,8 +253,9 @@ extern "C" __global__ void __launch_bounds__(128)
 // ---- attention over the paged cache ----
 //
 // A job is up to 8 * HEAD_TILES consecutive query heads that read one KV head. A unit is a stretch of one sequence's
-// visible keys. Block (x, y) does unit x of job y; each block finds its unit from the positions, so that the units of any
-// mix of lengths fill the GPU. The last block of a (sequence, job) to finish adds up its units, in order.
+// visible keys. Block (x, y) does unit y of job x, so that blocks that run beside each other read what lies side by side:
+// a token's KV heads. Each block finds its unit from the positions, so that the units of any mix of lengths fill the GPU.
+// The last block of a (sequence, job) to finish adds up its units, in order.
 //
 // Keys are taken 16 at a time, straight from memory to registers to the tensor cores:
 //   scores[16 keys][8 heads] = K (A operand) x q (B operand); the order of the numbers of a head is free as long as both
@@ -266,7 +267,7 @@ extern "C" __global__ void __launch_bounds__(128)
 
 constexpr int WARPS = NWARPS, THREADS = WARPS * 32;
 constexpr int D = HEAD_DIM, HEADS = 8 * HEAD_TILES, KEYS = 16;
-constexpr int MAX_SEQUENCES = 64;
+constexpr int MAX_SEQUENCES = 64, MAX_UNITS = 64;  // of a launch; of a sequence, which one block adds up
 constexpr int SLOTS = WARPS / 2;  // half of the warps leave their sums in shared memory, the other half add theirs
 constexpr float LOWEST = -1e30f;  // instead of -infinity: differences stay numbers
 constexpr float LOG2E = 1.4426950408889634f;
@@ -297,59 +298,99 @@ struct Unit {
 __device__ __forceinline__ int first_visible(int position, int window) {
     return window > 0 && position >= window ? position - window + 1 : 0;
 }
-// Keys from the 16-aligned start of what a query sees to its own.
-__device__ __forceinline__ int span(int position, int window) {
-    return position < 0 ? 0 : position + 1 - (first_visible(position, window) & ~(KEYS - 1));
+// Tiles of keys from the first that a query sees to its own.
+__device__ __forceinline__ int tiles_of(int position, int window) {
+    return position < 0 ? 0 : position / KEYS - first_visible(position, window) / KEYS + 1;
 }
-__device__ __forceinline__ int units_of(int keys, int size) { return keys > size ? (keys + size - 1) / size : 1; }
-__device__ __forceinline__ int round_up(int keys) { return (keys + KEYS - 1) & ~(KEYS - 1); }
+// Units of up to `size` tiles; a sequence without keys has one too, for its zeros.
+__device__ __forceinline__ int units_of(int tiles, int size) { return tiles > size ? (int)((u32)(tiles + size - 1) / (u32)size) : 1; }
 
-// Fills in this block's unit where it is one of the `count` of sequence s, which begin at block `before`.
-__device__ __forceinline__ bool set_unit(const int* positions, int s, int before, int count, int window, Unit& unit) {
-    const int position = __ldcg(positions + s), piece = round_up((span(position, window) + count - 1) / count);
-    unit.sequence = s;
-    unit.index = (int)blockIdx.x - before;
+__device__ __forceinline__ void set_unit(int sequence, int index, int count, int position, int window, Unit& unit) {
+    const int piece = (int)((u32)(tiles_of(position, window) + count - 1) / (u32)count);
+    unit.sequence = sequence;
+    unit.index = index;
     unit.count = count;
     unit.position = position;
     unit.first = first_visible(position, window);
-    unit.begin = (unit.first & ~(KEYS - 1)) + unit.index * piece;
-    unit.end = min(position + 1, unit.begin + piece);
-    return unit.index < count;
+    unit.begin = (unit.first / KEYS + index * piece) * KEYS;
+    unit.end = min(position + 1, unit.begin + piece * KEYS);
 }
 
-// The unit of this block; false where there are fewer. Units are as small as lets them be at most `target` in all (the
-// GPU filled once), of at least min_keys keys. A sequence has at least one, so there are at most target + sequences.
-__device__ __forceinline__ bool find_unit(const int* positions, int sequences, int window, int target, int min_keys, Unit& unit) {
-    __shared__ int counts[MAX_SEQUENCES];
-    const int lane = threadIdx.x & 31;
-    if (sequences == 1) {
-        const int keys = span(__ldcg(positions), window);
-        return set_unit(positions, 0, 0, units_of(keys, max(min_keys, round_up((keys + target - 1) / target))), window, unit);
-    }
-    if (threadIdx.x < 32) {
-        const int low = lane < sequences ? span(__ldcg(positions + lane), window) : 0;
-        const int high = lane + 32 < sequences ? span(__ldcg(positions + lane + 32), window) : 0;
-        int total = low + high;
+__device__ __forceinline__ int lane_sum(int v) {
 #pragma unroll
-        for (int step = 16; step; step >>= 1) total += __shfl_xor_sync(ALL_LANES, total, step);
-        int size = round_up((total + target - 1) / target);
-        if (size <= min_keys) {
-            size = min_keys;
-        } else {
-            // Each lane tries a size, 1/16 apart.
-            const int mine = round_up(size + (int)((long long)size * lane / 16));
-            int units = 0;
-            for (int s = 0; s < sequences; s++) units += units_of(__shfl_sync(ALL_LANES, s < 32 ? low : high, s & 31), mine);
-            const u32 fits = __ballot_sync(ALL_LANES, units <= target);
-            size = __shfl_sync(ALL_LANES, mine, fits ? __ffs(fits) - 1 : 31);
-        }
-        if (lane < sequences) counts[lane] = units_of(low, size);
-        if (lane + 32 < sequences) counts[lane + 32] = units_of(high, size);
+    for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(ALL_LANES, v, step);
+    return v;
+}
+
+// The unit of this block; false where there are fewer. A unit's size is the share of one of `target` blocks (those that
+// run at once), of at least min_keys keys and of at least 1/MAX_UNITS of a sequence; up to twice as much where then each
+// unit is a block that runs at once. Units of more than half the size come first, so that what is left over at the end
+// is small. A sequence has at least one unit, so there are at most target + sequences.
+__device__ __forceinline__ bool find_unit(const int* positions, int sequences, int window, int target, int min_keys, Unit& unit) {
+    constexpr int TRIES = 16, EACH = MAX_SEQUENCES / 32;
+    __shared__ int tried[TRIES];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, me = blockIdx.y, least = (min_keys + KEYS - 1) / KEYS;
+    if (sequences == 1) {
+        const int position = __ldcg(positions), tiles = tiles_of(position, window);
+        const int share = max(units_of(tiles, target), units_of(tiles, MAX_UNITS)), count = units_of(tiles, max(least, share));
+        if (me < count) set_unit(0, me, count, position, window, unit);
+        return me < count;
     }
-    __syncthreads();
-    int s = 0, before = 0;
-    while (s < sequences && (int)blockIdx.x >= before + counts[s]) before += counts[s++];
-    return s < sequences && set_unit(positions, s, before, counts[s], window, unit);
+    int at[EACH], tiles[EACH], count[EACH], total = 0, longest = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        at[i] = lane + 32 * i < sequences ? __ldcg(positions + lane + 32 * i) : -1;
+        tiles[i] = tiles_of(at[i], window);
+        total += tiles[i];
+        longest = max(longest, tiles[i]);
+    }
+    total = lane_sum(total);
+#pragma unroll
+    for (int step = 16; step; step >>= 1) longest = max(longest, __shfl_xor_sync(ALL_LANES, longest, step));
+    int size = max(units_of(total, target), units_of(longest, MAX_UNITS));
+    if (size <= least) {
+        size = least;
+    } else {
+        for (int i = warp; i < TRIES; i += WARPS) {
+            int units = 0;
+#pragma unroll
+            for (int j = 0; j < EACH; j++) units += lane + 32 * j < sequences ? units_of(tiles[j], size + size * i / TRIES) : 0;
+            units = lane_sum(units);
+            if (lane == 0) tried[i] = units;
+        }
+        __syncthreads();
+        const u32 fits = __ballot_sync(ALL_LANES, lane < TRIES && tried[lane < TRIES ? lane : 0] <= target);
+        if (fits) size += size * (__ffs(fits) - 1) / TRIES;
+    }
+    // Where each sequence's units end: large ones in the lower half of a word, small ones, which follow them, in the upper.
+    bool large[EACH];
+    int end[EACH], before = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const bool exists = lane + 32 * i < sequences;
+        count[i] = exists ? units_of(tiles[i], size) : 0;
+        large[i] = exists && 2 * tiles[i] > size * count[i];
+        int sum = large[i] ? count[i] : count[i] << 16;
+#pragma unroll
+        for (int step = 1; step < 32; step <<= 1) {
+            const int left = __shfl_sync(ALL_LANES, sum, (lane - step) & 31);
+            if (lane >= step) sum += left;
+        }
+        end[i] = before + sum;
+        before += __shfl_sync(ALL_LANES, sum, 31);
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const int begin = (large[i] ? end[i] & 0xffff : (before & 0xffff) + (end[i] >> 16)) - count[i];
+        const u32 mine = __ballot_sync(ALL_LANES, begin <= me && me < begin + count[i]);
+        if (mine) {
+            const int source = __ffs(mine) - 1;
+            set_unit(source + 32 * i, me - __shfl_sync(ALL_LANES, begin, source), __shfl_sync(ALL_LANES, count[i], source),
+                     __shfl_sync(ALL_LANES, at[i], source), window, unit);
+            return true;
+        }
+    }
+    return false;
 }
 
 struct Cache {
@@ -873,9 +914,9 @@ __device__ __forceinline__ float4 turned_back(float4 v) {
 // weights) from unit `first_unit` on.
 __device__ __forceinline__ void combine(const float* partials, const float2* stats, int first_unit, int count, int heads, void* out, size_t out_at) {
     constexpr int BATCH = 16;
-    const size_t step = (size_t)gridDim.y * HEADS;
+    const size_t step = (size_t)gridDim.x * HEADS;
     for (int e = threadIdx.x * 4; e < heads * D; e += THREADS * 4) {
-        const size_t head = ((size_t)first_unit * gridDim.y + blockIdx.y) * HEADS + e / D;
+        const size_t head = ((size_t)first_unit * gridDim.x + blockIdx.x) * HEADS + e / D;
         const float2* stat = stats + head;
         const float* part = partials + head * D + e % D;
         float most = LOWEST, total = 0.f;
@@ -912,13 +953,14 @@ __device__ __forceinline__ void combine(const float* partials, const float2* sta
 }
 
 // What both entries share. q: row s at s * q_stride, query heads one after another; out [S][query_heads][D]. jobs:
-// [gridDim.y][3]: KV head, first query head, query heads. counters: [S][gridDim.y], zero before and after.
+// [gridDim.x][3]: KV head, first query head, query heads. counters: [S][gridDim.x], zero before and after. rows: where the
+// sequences' rows of q and out are, null: 0, 1, 2 ...
 struct Attention {
     const void* q;
     int q_stride;
     void *keys, *values;
     u16 *key_scales, *value_scales;  // null where the cache is not quantised
-    const int *jobs, *positions, *block_tables;
+    const int *jobs, *positions, *rows, *block_tables;
     int table_width, sequences, kv_heads, query_heads;
     float scale, softcap;
     int window, target, min_keys;
@@ -926,6 +968,7 @@ struct Attention {
     float* partials;
     float2* stats;
     u32* counters;
+    __device__ __forceinline__ size_t row(int sequence) const { return rows ? __ldcg(rows + sequence) : sequence; }
 };
 
 // What the queries and the new token need where the cache is quantised: turned queries, rotated first where ROPE, and
@@ -934,7 +977,7 @@ template <bool ROPE, class Queries>
 __device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope& rope, const SLOT* slot_mapping, const Unit& unit, int kv_head,
                                                   int first_head, int heads, float* numbers, Queries& queries) {
     const int warp = threadIdx.x >> 5, new_heads = ROPE && unit.has_new() ? 2 : 0;
-    const size_t row = (size_t)unit.sequence * a.q_stride;
+    const size_t row = a.row(unit.sequence) * a.q_stride;
     if (ROPE && unit.position < 0) return;
     for (int i = warp; i < heads + new_heads; i += WARPS) {
         const int query = i - new_heads;
@@ -965,16 +1008,23 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     __shared__ __align__(16) float parts[SLOTS][HEADS * D];
     __shared__ float warp_most[WARPS][HEADS], warp_total[WARPS][HEADS], most[HEADS], total[HEADS];
     __shared__ bool is_last;
+    __shared__ int kept[5];  // what is needed again at the end: the loop has no registers to spare
     __shared__ __align__(16) Sums::Queries queries;
     let_next_kernel_start();
 #if !EARLY
     wait_for_previous_kernel();
 #endif
-    const int kv_head = a.jobs[blockIdx.y * 3], first_head = a.jobs[blockIdx.y * 3 + 1], heads = a.jobs[blockIdx.y * 3 + 2];
+    const int kv_head = a.jobs[blockIdx.x * 3], first_head = a.jobs[blockIdx.x * 3 + 1], heads = a.jobs[blockIdx.x * 3 + 2];
     Unit unit;
     if (!find_unit(a.positions, a.sequences, a.window, a.target, a.min_keys, unit)) return;
+    if (threadIdx.x == 0) {
+        kept[0] = unit.sequence;
+        kept[1] = unit.index;
+        kept[2] = unit.count;
+        kept[3] = first_head;
+        kept[4] = heads;
+    }
     const int warp = threadIdx.x >> 5;
-    const size_t out_at = ((size_t)unit.sequence * a.query_heads + first_head) * D, row = (size_t)unit.sequence * a.q_stride;
     const int* table = a.block_tables + (size_t)unit.sequence * a.table_width;
     const Cache cache = {a.keys, a.values, a.key_scales, a.value_scales, table, a.kv_heads, kv_head};
     if (ROPE || QUANT) {
@@ -987,8 +1037,9 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
         if constexpr (QUANT) {
             turn_and_quantise<ROPE>(a, rope, slot_mapping, unit, kv_head, first_head, heads, &parts[0][0] + warp * D, queries);
         } else if (!ROPE) {
-            queries.take(a.q, row + first_head * D, heads);
+            queries.take(a.q, a.row(unit.sequence) * a.q_stride + first_head * D, heads);
         } else if (unit.position >= 0) {
+            const size_t row = a.row(unit.sequence) * a.q_stride;
             const int new_heads = unit.has_new() ? 2 : 0;
             for (int i = warp; i < heads + new_heads; i += WARPS) {
                 if (i >= new_heads) {
@@ -1031,41 +1082,43 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     if (warp < SLOTS) sums.leave<true>(parts[warp]);
     __syncthreads();
 
-    const size_t mine = ((size_t)blockIdx.x * gridDim.y + blockIdx.y) * HEADS;
-    for (int e = threadIdx.x * 4; e < heads * D; e += THREADS * 4) {
+    const int sequence = kept[0], count = kept[2], own_heads = kept[4];
+    const size_t out_at = (a.row(sequence) * a.query_heads + kept[3]) * D;
+    const size_t mine = ((size_t)blockIdx.y * gridDim.x + blockIdx.x) * HEADS;
+    for (int e = threadIdx.x * 4; e < own_heads * D; e += THREADS * 4) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             const float4 p = *(const float4*)(parts[slot] + e);
             sum = make_float4(sum.x + p.x, sum.y + p.y, sum.z + p.z, sum.w + p.w);
         }
-        if (unit.count == 1) {
+        if (count == 1) {
             const float l = total[e / D], inverse = l > 0.f ? 1.f / l : 0.f;
             store4<X_KIND>(a.out, out_at + e, turned_back(make_float4(sum.x * inverse, sum.y * inverse, sum.z * inverse, sum.w * inverse)));
         } else {
             __stcg((float4*)(a.partials + mine * D + e), sum);
         }
     }
-    if (unit.count == 1) return;
-    if (threadIdx.x < heads) __stcg(a.stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
+    if (count == 1) return;
+    if (threadIdx.x < own_heads) __stcg(a.stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();  // what the block has written, before the count
-        u32* counter = a.counters + (size_t)unit.sequence * gridDim.y + blockIdx.y;
-        is_last = atomicAdd(counter, 1u) == (u32)unit.count - 1;
+        u32* counter = a.counters + (size_t)sequence * gridDim.x + blockIdx.x;
+        is_last = atomicAdd(counter, 1u) == (u32)count - 1;
         if (is_last) *counter = 0;
         __threadfence();
     }
     __syncthreads();
-    if (is_last) combine(a.partials, a.stats, (int)blockIdx.x - unit.index, unit.count, heads, a.out, out_at);
+    if (is_last) combine(a.partials, a.stats, (int)blockIdx.y - kept[1], count, own_heads, a.out, out_at);
 }
 
 #define ATTENTION_PARAMETERS                                                                                                 \
     const void *q, int q_stride, void *keys, void *values, u16 *key_scales, u16 *value_scales, const int *__restrict__ jobs, const int *positions, \
-        const int *block_tables, int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap,  \
+        const int *rows, const int *block_tables, int table_width, int sequences, int kv_heads, int query_heads, float scale, float softcap,  \
         int window, int target, int min_keys, void *out, float *partials, float2 *stats, u32 *counters
 #define ATTENTION_ARGUMENTS                                                                                              \
-    {q, q_stride, keys, values, key_scales, value_scales, jobs, positions, block_tables, table_width, sequences, kv_heads, query_heads, scale, softcap, \
+    {q, q_stride, keys, values, key_scales, value_scales, jobs, positions, rows, block_tables, table_width, sequences, kv_heads, query_heads, scale, softcap, \
      window, target, min_keys, out, partials, stats, counters}
 
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) attention_decode(ATTENTION_PARAMETERS) {

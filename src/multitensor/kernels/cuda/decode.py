@@ -18,7 +18,7 @@ from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 from multitensor.kernels.cuda.program import Program, launch
 
 MAX_SEQUENCES = 64
-MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up
+MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up. As in decode.cu
 MIN_KEYS = 128  # of a piece: one tile a warp
 KEY_TILE = 16  # KV blocks are multiples of it
 WARPS = 8
@@ -139,14 +139,15 @@ class DecodeAttention:
         wide = _uses_tensor_cores(kv_dtype, kernels.device) and head_dim <= 128 and _longest_run(kv_map) > 8
         head_tiles = 2 if wide else 1
         if blocks_per_processor is None:
-            blocks_per_processor = 16 // warps if head_dim <= 128 and head_tiles == 1 else 1
+            warps_at_once = 16 if head_dim <= 128 and head_tiles == 1 else 8  # as registers allow
+            blocks_per_processor = max(1, warps_at_once // warps)
         if warps // 2 * 8 * head_tiles * head_dim * 4 > SHARED_BYTES * 3 // 4:
             raise ValueError(f"{warps} warps are too many for heads of {head_dim} in groups of {8 * head_tiles}")
         jobs = head_jobs(kv_map, 8 * head_tiles)
-        self.target = max(1, min(MAX_UNITS, kernels.processors * blocks_per_processor // len(jobs)))
+        self.target = max(1, kernels.processors * blocks_per_processor // len(jobs))
         device = kernels.device
         self._jobs = torch.tensor(jobs, dtype=torch.int32, device=device)
-        units = (self.target + sequences, len(jobs), 8 * head_tiles)
+        units = (self._units(sequences), len(jobs), 8 * head_tiles)
         self._partials = torch.empty((*units, head_dim), dtype=torch.float32, device=device)
         self._stats = torch.empty((*units, 2), dtype=torch.float32, device=device)
         self._counters = torch.zeros((sequences, len(jobs)), dtype=torch.int32, device=device)
@@ -199,14 +200,20 @@ class DecodeAttention:
         positions: torch.Tensor,
         block_tables: torch.Tensor,
         out: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,
+        overlap: bool = True,
     ) -> None:
         """q: row s starts with the query heads of sequence s (qkv itself will do); out [S, query heads * head_dim].
 
         Sequence s sees keys (position - window, position]. block_tables: int32 [S, blocks], contiguous. A sequence's
-        result depends on the lengths of the others in its last bits: they decide where its sum is cut.
+        result depends on the lengths of the others in its last bits: they decide where its sum is cut. rows: int32 [S],
+        which rows of q and out are the sequences'; the others are left alone. overlap: may be launched before the
+        kernel before it on the stream has ended.
         """
-        arguments = self._attention(q, k_cache, v_cache, positions, block_tables, out)
-        self._launch(self._program(torch.int64).kernel("attention_decode"), positions.shape[0], arguments)
+        arguments = self._attention(q, k_cache, v_cache, positions, block_tables, out, rows)
+        kernel = self._program(torch.int64).kernel("attention_decode")
+        self._launch(kernel, positions.shape[0], arguments, overlap=overlap)
 
     def rope_attend(
         self,
@@ -230,15 +237,18 @@ class DecodeAttention:
         attention = self._attention(qkv, k_cache, v_cache, positions, block_tables, out)
         rope = self._rope(cosines, sines, style, bias, q_norm, k_norm, eps)
         kernel = self._program(slot_mapping.dtype).kernel("rope_attention_decode")
-        self._launch(kernel, positions.shape[0], (*attention, *rope, slot_mapping))
+        self._launch(kernel, positions.shape[0], (*attention, *rope, slot_mapping), overlap=True)
 
     def _program(self, slot_dtype: torch.dtype) -> Program:
         return self.kernels.program(**self._defines, SLOT=SLOT_TYPES[slot_dtype])
 
-    def _launch(self, kernel: Any, sequences: int, arguments: tuple[Any, ...]) -> None:
-        units = self.target if sequences == 1 else self.target + sequences
-        grid = (units, self._jobs.shape[0], 1)
-        launch(kernel, grid, self._threads, 0, arguments, overlap=self.kernels.overlap)
+    def _units(self, sequences: int) -> int:
+        """That so many sequences are cut into at most."""
+        return min(self.target, MAX_UNITS) if sequences == 1 else self.target + sequences
+
+    def _launch(self, kernel: Any, sequences: int, arguments: tuple[Any, ...], *, overlap: bool) -> None:
+        grid = (self._jobs.shape[0], self._units(sequences), 1)
+        launch(kernel, grid, self._threads, 0, arguments, overlap=overlap and self.kernels.overlap)
 
     def _rope(
         self,
@@ -261,12 +271,13 @@ class DecodeAttention:
         positions: torch.Tensor,
         block_tables: torch.Tensor,
         out: torch.Tensor,
+        rows: torch.Tensor | None = None,
     ) -> tuple[Any, ...]:
         sequences = positions.shape[0]
         if sequences > self.sequences:
             raise ValueError(f"{sequences} sequences where {self.sequences} were announced")
         caches = addresses(k_cache, v_cache)
-        places = (q, q.stride(0), *caches, self._jobs, positions, block_tables, block_tables.shape[1])
+        places = (q, q.stride(0), *caches, self._jobs, positions, or_null(rows), block_tables, block_tables.shape[1])
         heads = (sequences, self.kv_heads, self.query_heads)
         rules = (float(self.scale), float(self.softcap), self.window, self.target, self.min_keys)
         return (*places, *heads, *rules, out, self._partials, self._stats, self._counters)
