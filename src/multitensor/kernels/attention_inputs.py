@@ -64,7 +64,7 @@ class AttentionInputs:
         default_factory=dict, repr=False, compare=False
     )
 
-    _single_tokens: dict[int, list[SingleTokens]] = field(default_factory=dict, repr=False, compare=False)
+    _single_tokens: dict[int, list[SingleTokens]] = field(default_factory=dict, init=False, repr=False, compare=False)
     _slots: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod

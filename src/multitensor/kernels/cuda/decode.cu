@@ -96,7 +96,7 @@ __device__ __forceinline__ float warp_max(float v) {
 // ---- rotary embedding, per-head norms, and the new token's key and value into the cache ----
 //
 // Defines: X_KIND, KV_KIND, HEAD_DIM, BLOCK_SIZE, HEAD_TILES, NWARPS, MIN_BLOCKS, SLOT (type of slot_mapping), EARLY (whether
-// positions, tables and older keys may be read before the wait).
+// positions, tables, angles and older keys may be read before the wait).
 
 // ---- the quantised cache: see kernels/cache_tensor.py for its layout and rounding ----
 
@@ -168,10 +168,26 @@ struct Rope {
     int half, interleaved;
 };
 
+constexpr int PAIRS = HEAD_DIM / 2, PAIR_ITEMS = (PAIRS + 31) / 32;
+// Of one position, for the numbers of a head that a lane turns: the same for all heads.
+struct Angles {
+    float c[PAIR_ITEMS], s[PAIR_ITEMS];
+    __device__ __forceinline__ void load(const Rope& rope, int position) {
+#pragma unroll
+        for (int i = 0; i < PAIR_ITEMS; i++) {
+            const int pair = (threadIdx.x & 31) + 32 * i;
+            const size_t at = (size_t)position * rope.half + pair;
+            c[i] = pair < rope.half ? rope.cosines[at] : 1.f;
+            s[i] = pair < rope.half ? rope.sines[at] : 0.f;
+        }
+    }
+};
+
 // One head of one token by one warp: bias, norm, rotation; put(dim, value) for each number. row: index of its first.
 template <class Put>
-__device__ __forceinline__ void turn_head(const Rope& rope, const void* qkv, size_t row, int head, const float* norm, bool turns, int position, Put put) {
-    constexpr int PAIRS = HEAD_DIM / 2, ITEMS = (PAIRS + 31) / 32;
+__device__ __forceinline__ void turn_head(const Rope& rope, const Angles& angles, const void* qkv, size_t row, int head, const float* norm, bool turns,
+                                          Put put) {
+    constexpr int ITEMS = PAIR_ITEMS;
     const int lane = threadIdx.x & 31, rotated = turns ? rope.half : 0;
     int at[ITEMS][2];
     float v[ITEMS][2], squares = 0.f;
@@ -202,8 +218,7 @@ __device__ __forceinline__ void turn_head(const Rope& rope, const void* qkv, siz
             b *= inverse * norm[at[i][1]];
         }
         if (pair < rotated) {
-            const size_t angle = (size_t)position * rope.half + pair;
-            const float c = rope.cosines[angle], s = rope.sines[angle], turned = a * c - b * s;
+            const float c = angles.c[i], s = angles.s[i], turned = a * c - b * s;
             b = b * c + a * s;
             a = turned;
         }
@@ -227,9 +242,11 @@ extern "C" __global__ void __launch_bounds__(128)
     const int position = positions[s];
     if (position < 0) return;
     const Rope rope = {bias, q_norm, k_norm, eps, cosines, sines, half_rotary, interleaved};
+    Angles angles;
+    angles.load(rope, position);
     const size_t row = ((size_t)s * heads + head) * HEAD_DIM;
     if (head < query_heads) {
-        turn_head(rope, qkv, row, head, q_norm, true, position, [&](int dim, float v) { store<X_KIND>(qkv, row + dim, v); });
+        turn_head(rope, angles, qkv, row, head, q_norm, true, [&](int dim, float v) { store<X_KIND>(qkv, row + dim, v); });
         return;
     }
     const bool is_value = head >= query_heads + kv_heads;
@@ -238,13 +255,13 @@ extern "C" __global__ void __launch_bounds__(128)
     void* to = is_value ? v_cache : k_cache;
     if constexpr (QUANT) {
         float* numbers = staged[threadIdx.x >> 5];
-        turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position, [&](int dim, float v) { numbers[dim] = v; });
+        turn_head(rope, angles, qkv, row, head, is_value ? nullptr : k_norm, !is_value, [&](int dim, float v) { numbers[dim] = v; });
         __syncwarp();
         quantise(numbers, (unsigned char*)to + code_at(slot, kv_heads, kv_head),
                  (is_value ? v_scales : k_scales) + scale_at(slot, kv_heads, kv_head));
     } else {
         const size_t cached = (slot * kv_heads + kv_head) * HEAD_DIM;
-        turn_head(rope, qkv, row, head, is_value ? nullptr : k_norm, !is_value, position,
+        turn_head(rope, angles, qkv, row, head, is_value ? nullptr : k_norm, !is_value,
                   [&](int dim, float v) { store<KV_KIND>(to, cached + dim, v); });
     }
 }
@@ -974,7 +991,7 @@ struct Attention {
 // What the queries and the new token need where the cache is quantised: turned queries, rotated first where ROPE, and
 // then also codes and scales of the new key and value, by the blocks whose unit has them. numbers[D]: the warp's own.
 template <bool ROPE, class Queries>
-__device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope& rope, const SLOT* slot_mapping, const Unit& unit, int kv_head,
+__device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope& rope, const Angles& angles, const SLOT* slot_mapping, const Unit& unit, int kv_head,
                                                   int first_head, int heads, float* numbers, Queries& queries) {
     const int warp = threadIdx.x >> 5, new_heads = ROPE && unit.has_new() ? 2 : 0;
     const size_t row = a.row(unit.sequence) * a.q_stride;
@@ -988,7 +1005,7 @@ __device__ __forceinline__ void turn_and_quantise(const Attention& a, const Rope
         const int head = query >= 0 ? first_head + query : a.query_heads + i * a.kv_heads + kv_head;
         const bool is_value = query < 0 && i == 1;
         const float* norm = query >= 0 ? rope.q_norm : is_value ? nullptr : rope.k_norm;
-        turn_head(rope, a.q, row + head * D, head, norm, !is_value, unit.position, [&](int dim, float v) { numbers[dim] = v; });
+        turn_head(rope, angles, a.q, row + head * D, head, norm, !is_value, [&](int dim, float v) { numbers[dim] = v; });
         __syncwarp();
         if (query >= 0) {
             queries.put_turned(query, [&](int dim) { return numbers[dim]; });
@@ -1033,9 +1050,11 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     }
     Sums sums;
     sums.run(unit, cache, queries, a.scale, a.softcap, [&]() {
+        Angles angles;
+        if (ROPE && unit.position >= 0) angles.load(rope, unit.position);
         wait_for_previous_kernel();
         if constexpr (QUANT) {
-            turn_and_quantise<ROPE>(a, rope, slot_mapping, unit, kv_head, first_head, heads, &parts[0][0] + warp * D, queries);
+            turn_and_quantise<ROPE>(a, rope, angles, slot_mapping, unit, kv_head, first_head, heads, &parts[0][0] + warp * D, queries);
         } else if (!ROPE) {
             queries.take(a.q, a.row(unit.sequence) * a.q_stride + first_head * D, heads);
         } else if (unit.position >= 0) {
@@ -1044,12 +1063,12 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
             for (int i = warp; i < heads + new_heads; i += WARPS) {
                 if (i >= new_heads) {
                     const int head = first_head + i - new_heads;
-                    turn_head(rope, a.q, row + head * D, head, rope.q_norm, true, unit.position,
+                    turn_head(rope, angles, a.q, row + head * D, head, rope.q_norm, true,
                               [&](int dim, float v) { queries.put(i - new_heads, dim, v); });
                 } else {
                     const int head = a.query_heads + i * a.kv_heads + kv_head;
                     const size_t cached = ((size_t)__ldcg(slot_mapping + unit.sequence) * a.kv_heads + kv_head) * D;
-                    turn_head(rope, a.q, row + head * D, head, i ? nullptr : rope.k_norm, i == 0, unit.position,
+                    turn_head(rope, angles, a.q, row + head * D, head, i ? nullptr : rope.k_norm, i == 0,
                               [&](int dim, float v) { store<KV_KIND>(i ? a.values : a.keys, cached + dim, v); });
                 }
             }

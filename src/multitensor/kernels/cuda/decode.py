@@ -100,9 +100,9 @@ class DecodeAttention:
     QuantCaches ("q8", "q4": heads in multiples of 32); q in `dtype` (float16 or bfloat16). Layers share the scratch, so
     their calls must follow one another on one stream.
 
-    early: attention reads positions, block tables and the keys before the new token's while the kernels before it still
-    run. They must be complete when the chain of overlapped launches that leads to it begins: written by an earlier
-    graph launch, or by kernels that a launch without overlap followed.
+    early: attention reads positions, block tables, angles and the keys before the new token's while the kernels before
+    it still run. They must be complete when the chain of overlapped launches that leads to it begins: written by an
+    earlier graph launch, or by kernels that a launch without overlap followed.
 
     min_keys: a sequence is cut into pieces no shorter. warps: of a block; 16 only for heads up to 128 in groups up to
     8. blocks_per_processor: that run at once.
