@@ -21,7 +21,7 @@ MAX_SEQUENCES = 64
 MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up. As in decode.cu
 MIN_KEYS = 128  # of a piece: one tile a warp
 KEY_TILE = 16  # KV blocks are multiples of it
-WARPS = 8
+WARPS, FEW_WARPS = 8, 4
 HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_HIDDEN = 16384
 SHARED_BYTES = 48 << 10  # that a kernel may declare
@@ -105,7 +105,8 @@ class DecodeAttention:
     earlier graph launch, or by kernels that a launch without overlap followed.
 
     min_keys: a sequence is cut into pieces no shorter. warps: of a block; 16 only for heads up to 128 in groups up to
-    8. blocks_per_processor: that run at once.
+    8; None: 8, or 4 where there are more sequences and KV heads than blocks of 8 that run at once, so that none has to
+    wait for another to end. blocks_per_processor: that run at once.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class DecodeAttention:
         softcap: float | None = None,
         min_keys: int = MIN_KEYS,
         early: bool = True,
-        warps: int = WARPS,
+        warps: int | None = None,
         blocks_per_processor: int | None = None,
     ) -> None:
         takes = head_dim in HEAD_DIMS and (isinstance(kv_dtype, torch.dtype) or head_dim % KV_GROUP == 0)
@@ -138,12 +139,14 @@ class DecodeAttention:
         self.scale, self.window, self.softcap, self.min_keys = scale, window or 0, softcap or 0.0, min_keys
         wide = _uses_tensor_cores(kv_dtype, kernels.device) and head_dim <= 128 and _longest_run(kv_map) > 8
         head_tiles = 2 if wide else 1
+        jobs = head_jobs(kv_map, 8 * head_tiles)
+        warps_at_once = 16 if head_dim <= 128 and head_tiles == 1 else 8  # of a processor, as registers allow
+        if warps is None:
+            warps = WARPS if sequences * len(jobs) <= kernels.processors * warps_at_once // WARPS else FEW_WARPS
         if blocks_per_processor is None:
-            warps_at_once = 16 if head_dim <= 128 and head_tiles == 1 else 8  # as registers allow
             blocks_per_processor = max(1, warps_at_once // warps)
         if warps // 2 * 8 * head_tiles * head_dim * 4 > SHARED_BYTES * 3 // 4:
             raise ValueError(f"{warps} warps are too many for heads of {head_dim} in groups of {8 * head_tiles}")
-        jobs = head_jobs(kv_map, 8 * head_tiles)
         self.target = max(1, kernels.processors * blocks_per_processor // len(jobs))
         device = kernels.device
         self._jobs = torch.tensor(jobs, dtype=torch.int32, device=device)
