@@ -419,6 +419,13 @@ struct Cache {
     __device__ __forceinline__ size_t slot(int block, int tile) const { return (size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE; }
     // Index of the first number of a tile's first key.
     __device__ __forceinline__ size_t at(int block, int tile) const { return (slot(block, tile) * kv_heads + kv_head) * D; }
+    // The head's first byte of a tile's first key, and the head's scales of that key.
+    __device__ __forceinline__ const unsigned char* rows(const void* all, int tile, int block, u32 stride, u32 head_bytes) const {
+        return (const unsigned char*)all + (u64)(u32)slot(block, tile) * stride + (u32)kv_head * head_bytes;
+    }
+    __device__ __forceinline__ const u16* scales(const u16* all, int tile, int block) const {
+        return all + (u64)(u32)((block * kv_heads + kv_head) * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE) * GROUPS;
+    }
     __device__ __forceinline__ int block(int tile) const { return __ldcg(table + tile * KEYS / BLOCK_SIZE); }
 };
 
@@ -486,15 +493,32 @@ __device__ __forceinline__ u32 half2_fma(u32 a, u32 b, u32 c) {
 
 // Numbers 2 i and 2 i + 1 of eight as 16-bit numbers, codes as whole ones (exactly): the bits of an integer below 1024
 // ored into the float16 1024.
-__device__ __forceinline__ u32 pair(const uint4& v, int i) { return word(v, i); }
-__device__ __forceinline__ u32 pair(const uint2& v, int i) {
-    const u32 shifted = (i < 2 ? v.x : v.y) ^ 0x80808080u;  // + 128
-    return half2_sub(__byte_perm(shifted, 0x64646464u, i & 1 ? 0x4342 : 0x4140), 0x64806480u);  // - 1152
+__device__ __forceinline__ u32 bytes_pair(u32 four, bool upper) {
+    const u32 shifted = four ^ 0x80808080u;  // + 128
+    return half2_sub(__byte_perm(shifted, 0x64646464u, upper ? 0x4342 : 0x4140), 0x64806480u);  // - 1152
 }
-__device__ __forceinline__ u32 pair(const u32& v, int i) {
-    const u32 nibbles = i < 2 ? v : v >> 8;
+__device__ __forceinline__ u32 nibbles_pair(u32 word, int i) {  // nibbles i and i + 4
+    const u32 nibbles = i < 2 ? word : word >> 8;
     if (i & 1) return half2_fma((nibbles & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
     return half2_sub((nibbles & 0x000f000fu) | 0x64006400u, 0x64086408u);                          // - 1032
+}
+__device__ __forceinline__ u32 pair(const uint4& v, int i) { return word(v, i); }
+__device__ __forceinline__ u32 pair(const uint2& v, int i) { return bytes_pair(i < 2 ? v.x : v.y, i & 1); }
+__device__ __forceinline__ u32 pair(const u32& v, int i) { return nibbles_pair(v, i); }
+
+// The same of two keys, side by side: number 2 i of both, and number 2 i + 1.
+__device__ __forceinline__ void interleaved(const uint4& a, const uint4& b, int i, u32& even, u32& odd) {
+    even = __byte_perm(word(a, i), word(b, i), 0x5410);
+    odd = __byte_perm(word(a, i), word(b, i), 0x7632);
+}
+__device__ __forceinline__ void interleaved(const uint2& a, const uint2& b, int i, u32& even, u32& odd) {
+    const u32 both = __byte_perm(i < 2 ? a.x : a.y, i < 2 ? b.x : b.y, i & 1 ? 0x7362 : 0x5140);
+    even = bytes_pair(both, false);
+    odd = bytes_pair(both, true);
+}
+__device__ __forceinline__ void interleaved(const u32& a, const u32& b, int i, u32& even, u32& odd) {
+    even = nibbles_pair(__byte_perm(a, b, 0x5410), i);
+    odd = nibbles_pair(__byte_perm(a, b, 0x7632), i);
 }
 
 // The scales of one KV head of one key: two a word.
@@ -577,14 +601,6 @@ struct Sums {
         if (ok) v = __ldcg((const T*)at);
         return v;
     }
-    // One slot's codes, through fetch_codes(first byte), and its scales; nothing of it where not ok.
-    template <class Fetch>
-    static __device__ __forceinline__ void load_codes(const Cache& cache, const void* codes, const u16* scales, size_t slot, bool ok, Scales& to,
-                                                      Fetch fetch_codes) {
-        to.clear();
-        if (ok) to.load(scales + scale_at(slot, cache.kv_heads, cache.kv_head));
-        fetch_codes((const unsigned char*)codes + code_at(slot, cache.kv_heads, cache.kv_head));
-    }
     // Lane c's eight numbers of each chunk of a key.
     static __device__ __forceinline__ void key_codes(const unsigned char* codes, int c, bool ok, Eight (&k)[CHUNKS]) {
 #if KV_KIND == 4 && HEAD_DIM % 64 == 0  // those of two chunks lie together
@@ -616,44 +632,44 @@ struct Sums {
             most[n][0] = most[n][1] = LOWEST;
             total[n][0] = total[n][1] = 0.f;
         }
-        const size_t stride = (size_t)cache.kv_heads * D;
         Eight k[2][CHUNKS], v[4][PANELS];
         Scales key_scales[2], value_scales[4];
+        // Bytes of a head of a key, and from a key to the next: few instructions a load, as they are what binds here.
+        constexpr u32 HEAD_BYTES = QUANT ? CODE_BYTES : 2 * D;
+        const u32 stride = cache.kv_heads * HEAD_BYTES, visible = unit.end - unit.first;
         auto load_keys = [&](int t, int in) {
+            const unsigned char* rows = cache.rows(cache.keys, t, in, stride, HEAD_BYTES) + (u32)g * stride;
+            const u16* scales = QUANT ? cache.scales(cache.key_scales, t, in) + g * GROUPS : nullptr;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const int row = g + 8 * r, key = t * KEYS + row;
-                const bool ok = key >= unit.first && key < unit.end;
+                const unsigned char* at = rows + (size_t)(8 * r * stride);
+                const bool ok = (u32)(t * KEYS + g + 8 * r - unit.first) < visible;
                 if constexpr (QUANT) {
-                    load_codes(cache, cache.keys, cache.key_scales, cache.slot(in, t) + row, ok, key_scales[r], [&](const unsigned char* codes) {
-                        key_codes(codes, c, ok, k[r]);
-                    });
+                    key_scales[r].clear();
+                    if (ok) key_scales[r].load(scales + 8 * r * GROUPS);
+                    key_codes(at, c, ok, k[r]);
                 } else {
-                    const size_t at = cache.at(in, t) + row * stride + 8 * c;
 #pragma unroll
-                    for (int j = 0; j < CHUNKS; j++)
-                        k[r][j] = fetch<Eight>((const u16*)cache.keys + at + 32 * j, ok && (D % 32 == 0 || 32 * j + 8 * c < D));
+                    for (int j = 0; j < CHUNKS; j++) k[r][j] = fetch<Eight>(at + 16 * (4 * j + c), ok && (D % 32 == 0 || 32 * j + 8 * c < D));
                 }
             }
         };
         auto load_values = [&](int t, int in) {
+            const unsigned char* rows = cache.rows(cache.values, t, in, stride, HEAD_BYTES) + (u32)(2 * c) * stride;
+            const u16* scales = QUANT ? cache.scales(cache.value_scales, t, in) + 2 * c * GROUPS : nullptr;
 #pragma unroll
             for (int r = 0; r < 4; r++) {
-                const int row = 2 * c + (r & 1) + 8 * (r >> 1), key = t * KEYS + row;
-                const bool ok = key >= unit.first && key < unit.end;
+                const int row = (r & 1) + 8 * (r >> 1);
+                const unsigned char* at = rows + (size_t)(row * stride);
+                const bool ok = (u32)(t * KEYS + 2 * c + row - unit.first) < visible;
                 if constexpr (QUANT) {
-                    load_codes(cache, cache.values, cache.value_scales, cache.slot(in, t) + row, ok, value_scales[r],
-                               [&](const unsigned char* codes) {
+                    value_scales[r].clear();
+                    if (ok) value_scales[r].load(scales + row * GROUPS);
+                }
 #pragma unroll
-                                   for (int h = 0; h < PANELS; h++)
-                                       v[r][h] = fetch<Eight>(codes + (int)sizeof(Eight) * (KV_KIND == Q4 ? word_at(8 * h + g) : 8 * h + g),
-                                                              ok && (D % 64 == 0 || 64 * h + 8 * g < D));
-                               });
-                } else {
-                    const size_t at = cache.at(in, t) + row * stride + 8 * g;
-#pragma unroll
-                    for (int h = 0; h < PANELS; h++)
-                        v[r][h] = fetch<Eight>((const u16*)cache.values + at + 64 * h, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+                for (int h = 0; h < PANELS; h++) {
+                    const int eight = KV_KIND == Q4 ? word_at(8 * h + g) : 8 * h + g;
+                    v[r][h] = fetch<Eight>(at + (int)sizeof(Eight) * eight, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
                 }
             }
         };
@@ -708,22 +724,24 @@ struct Sums {
             for (int n = 0; n < HEAD_TILES; n++) weigh(s[n], seen, scale, softcap, n, weights[n]);
 #pragma unroll
             for (int h = 0; h < PANELS; h++) {
-                u32 steps[4];  // the scale of each key's numbers, twice: group 2 h or 2 h + 1
+                u32 steps[2];  // the scales of two keys' numbers: group 2 h or 2 h + 1
                 if constexpr (QUANT)
 #pragma unroll
-                    for (int r = 0; r < 4; r++) steps[r] = __byte_perm(value_scales[r].of[h], 0, g >= 4 ? 0x3232 : 0x1010);
+                    for (int r = 0; r < 2; r++)
+                        steps[r] = __byte_perm(value_scales[2 * r].of[h], value_scales[2 * r + 1].of[h], g >= 4 ? 0x7632 : 0x5410);
 #pragma unroll
                 for (int u = 0; u < 4; u++) {
-                    u32 w[4];
+                    u32 a[4];
 #pragma unroll
-                    for (int r = 0; r < 4; r++) {
-                        w[r] = pair(v[r][h], u);
-                        if constexpr (QUANT) w[r] = half2_mul(w[r], steps[r]);
+                    for (int r = 0; r < 2; r++) {
+                        interleaved(v[2 * r][h], v[2 * r + 1][h], u, a[2 * r], a[2 * r + 1]);
+                        if constexpr (QUANT) {
+                            a[2 * r] = half2_mul(a[2 * r], steps[r]);
+                            a[2 * r + 1] = half2_mul(a[2 * r + 1], steps[r]);
+                        }
                     }
-                    const u32 a0 = __byte_perm(w[0], w[1], 0x5410), a1 = __byte_perm(w[0], w[1], 0x7632);
-                    const u32 a2 = __byte_perm(w[2], w[3], 0x5410), a3 = __byte_perm(w[2], w[3], 0x7632);
 #pragma unroll
-                    for (int n = 0; n < HEAD_TILES; n++) mma(out[n][h * 4 + u], a0, a1, a2, a3, weights[n][0], weights[n][1]);
+                    for (int n = 0; n < HEAD_TILES; n++) mma(out[n][h * 4 + u], a[0], a[1], a[2], a[3], weights[n][0], weights[n][1]);
                 }
             }
             if (next < last) load_values(next, next_block);
@@ -740,7 +758,12 @@ struct Sums {
     __device__ __forceinline__ void weigh(const float (&product)[4], const bool (&seen)[2], float scale, float softcap, int n, u32 (&weights)[2]) {
         float s[4], best[2];
 #pragma unroll
-        for (int e = 0; e < 4; e++) s[e] = seen[e >> 1] ? score(product[e], scale, softcap) : -__int_as_float(0x7f800000);
+        for (int e = 0; e < 4; e++) s[e] = product[e] * (scale * LOG2E);
+        if (softcap != 0.f)
+#pragma unroll
+            for (int e = 0; e < 4; e++) s[e] = score(product[e], scale, softcap);
+#pragma unroll
+        for (int e = 0; e < 4; e++) s[e] = seen[e >> 1] ? s[e] : -__int_as_float(0x7f800000);
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             best[e] = fmaxf(s[e], s[e + 2]);
