@@ -497,10 +497,16 @@ __device__ __forceinline__ u32 bytes_pair(u32 four, bool upper) {
     const u32 shifted = four ^ 0x80808080u;  // + 128
     return half2_sub(__byte_perm(shifted, 0x64646464u, upper ? 0x4342 : 0x4140), 0x64806480u);  // - 1152
 }
+// (v & mask) | 0x64006400 as one instruction: of two constants the compiler makes two.
+__device__ __forceinline__ u32 masked(u32 v, u32 mask) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(0x64006400u));
+    return r;
+}
 __device__ __forceinline__ u32 nibbles_pair(u32 word, int i) {  // nibbles i and i + 4
     const u32 nibbles = i < 2 ? word : word >> 8;
-    if (i & 1) return half2_fma((nibbles & 0x00f000f0u) | 0x64006400u, 0x2c002c00u, 0xd480d480u);  // / 16 - 72
-    return half2_sub((nibbles & 0x000f000fu) | 0x64006400u, 0x64086408u);                          // - 1032
+    if (i & 1) return half2_fma(masked(nibbles, 0x00f000f0u), 0x2c002c00u, 0xd480d480u);  // / 16 - 72
+    return half2_sub(masked(nibbles, 0x000f000fu), 0x64086408u);                          // - 1032
 }
 __device__ __forceinline__ u32 pair(const uint4& v, int i) { return word(v, i); }
 __device__ __forceinline__ u32 pair(const uint2& v, int i) { return bytes_pair(i < 2 ? v.x : v.y, i & 1); }
