@@ -76,6 +76,7 @@ _PTX: dict[str, _Translation] = {
     "mbarrier.try_wait.parity": lambda at, parity: f"copy_wait(at_shared({at}), {parity});",
     "movmatrix.sync.aligned.m8n8.trans.b16": lambda to, v: f"{to} = transposed({v});",
     "ex2.approx.ftz.f32": lambda to, v: f"{to} = exp2f({v});",
+    "atom.acq_rel.gpu.global.add.u32": lambda to, at, n: f"{to} = atomicAdd({at}, {n});",
     "lop3.b32 %0, %1, %2, %3, 0xea": lambda to, a, b, c: f"{to} = (({a}) & ({b})) | ({c});",
     "add.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a + b; }});",
     "sub.rn.f16x2": lambda to, a, b: f"{to} = both_halves({a}, {b}, 0, [](auto a, auto b, auto) {{ return a - b; }});",

@@ -308,8 +308,6 @@ struct Unit {
     int begin, end;              // keys [begin, end), begin a multiple of 16
     // Whether the new token's key is in the unit.
     __device__ __forceinline__ bool has_new() const { return begin <= position && position < end; }
-    // Whether the new token's key is not in a tile of 16: then no kernel of this step writes it.
-    __device__ __forceinline__ bool is_old(int tile) const { return (tile + 1) * KEYS <= position; }
 };
 
 __device__ __forceinline__ int first_visible(int position, int window) {
@@ -601,25 +599,74 @@ struct Sums {
         }
     };
 
-    template <class T>
-    static __device__ __forceinline__ T fetch(const void* at, bool ok) {
-        T v = {};
+    // Where not ok: zero, or (KEEP) what is there.
+    template <bool KEEP, class T>
+    static __device__ __forceinline__ void fetch(T& v, const void* at, bool ok) {
+        if (!KEEP) v = T();
         if (ok) v = __ldcg((const T*)at);
-        return v;
     }
     // Lane c's eight numbers of each chunk of a key.
+    template <bool KEEP>
     static __device__ __forceinline__ void key_codes(const unsigned char* codes, int c, bool ok, Eight (&k)[CHUNKS]) {
 #if KV_KIND == 4 && HEAD_DIM % 64 == 0  // those of two chunks lie together
 #pragma unroll
         for (int j = 0; j < CHUNKS; j += 2) {
-            const uint2 both = fetch<uint2>(codes + 16 * j + 8 * c, ok);
+            uint2 both = KEEP ? make_uint2(k[j], k[j + 1]) : make_uint2(0, 0);
+            fetch<KEEP>(both, codes + 16 * j + 8 * c, ok);
             k[j] = both.x;
             k[j + 1] = both.y;
         }
 #else
 #pragma unroll
-        for (int j = 0; j < CHUNKS; j++) k[j] = fetch<Eight>(codes + (int)sizeof(Eight) * (4 * j + c), ok);
+        for (int j = 0; j < CHUNKS; j++) fetch<KEEP>(k[j], codes + (int)sizeof(Eight) * (4 * j + c), ok);
 #endif
+    }
+
+    // Bytes of a head of a key. Loads are written for few instructions: what is not addresses is little.
+    static constexpr u32 HEAD_BYTES = QUANT ? CODE_BYTES : 2 * D;
+
+    // Of a tile in a block of the cache: keys from `low` on, `count` of them; of others zeros, or (KEEP) what is there.
+    template <bool KEEP>
+    static __device__ __forceinline__ void load_keys(const Cache& cache, int tile, int block, int low, u32 count, Eight (&k)[2][CHUNKS], Scales (&steps)[2]) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+        const u32 stride = cache.kv_heads * HEAD_BYTES;
+        const unsigned char* rows = cache.rows(cache.keys, tile, block, stride, HEAD_BYTES) + (u32)g * stride;
+        const u16* scales = QUANT ? cache.scales(cache.key_scales, tile, block) + g * GROUPS : nullptr;
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const unsigned char* at = rows + (size_t)(8 * r * stride);
+            const bool ok = (u32)(tile * KEYS + g + 8 * r - low) < count;
+            if constexpr (QUANT) {
+                if (!KEEP) steps[r].clear();
+                if (ok) steps[r].load(scales + 8 * r * GROUPS);
+                key_codes<KEEP>(at, c, ok, k[r]);
+            } else {
+#pragma unroll
+                for (int j = 0; j < CHUNKS; j++) fetch<KEEP>(k[r][j], at + 16 * (4 * j + c), ok && (D % 32 == 0 || 32 * j + 8 * c < D));
+            }
+        }
+    }
+    template <bool KEEP>
+    static __device__ __forceinline__ void load_values(const Cache& cache, int tile, int block, int low, u32 count, Eight (&v)[4][PANELS], Scales (&steps)[4]) {
+        const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+        const u32 stride = cache.kv_heads * HEAD_BYTES;
+        const unsigned char* rows = cache.rows(cache.values, tile, block, stride, HEAD_BYTES) + (u32)(2 * c) * stride;
+        const u16* scales = QUANT ? cache.scales(cache.value_scales, tile, block) + 2 * c * GROUPS : nullptr;
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = (r & 1) + 8 * (r >> 1);
+            const unsigned char* at = rows + (size_t)(row * stride);
+            const bool ok = (u32)(tile * KEYS + 2 * c + row - low) < count;
+            if constexpr (QUANT) {
+                if (!KEEP) steps[r].clear();
+                if (ok) steps[r].load(scales + row * GROUPS);
+            }
+#pragma unroll
+            for (int h = 0; h < PANELS; h++) {
+                const int eight = KV_KIND == Q4 ? word_at(8 * h + g) : 8 * h + g;
+                fetch<KEEP>(v[r][h], at + (int)sizeof(Eight) * eight, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
+            }
+        }
     }
 
     // prepare(): waits for the kernel before and fills the queries (ends with the block in step).
@@ -640,57 +687,19 @@ struct Sums {
         }
         Eight k[2][CHUNKS], v[4][PANELS];
         Scales key_scales[2], value_scales[4];
-        // Bytes of a head of a key, and from a key to the next: few instructions a load, as they are what binds here.
-        constexpr u32 HEAD_BYTES = QUANT ? CODE_BYTES : 2 * D;
-        const u32 stride = cache.kv_heads * HEAD_BYTES, visible = unit.end - unit.first;
-        auto load_keys = [&](int t, int in) {
-            const unsigned char* rows = cache.rows(cache.keys, t, in, stride, HEAD_BYTES) + (u32)g * stride;
-            const u16* scales = QUANT ? cache.scales(cache.key_scales, t, in) + g * GROUPS : nullptr;
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const unsigned char* at = rows + (size_t)(8 * r * stride);
-                const bool ok = (u32)(t * KEYS + g + 8 * r - unit.first) < visible;
-                if constexpr (QUANT) {
-                    key_scales[r].clear();
-                    if (ok) key_scales[r].load(scales + 8 * r * GROUPS);
-                    key_codes(at, c, ok, k[r]);
-                } else {
-#pragma unroll
-                    for (int j = 0; j < CHUNKS; j++) k[r][j] = fetch<Eight>(at + 16 * (4 * j + c), ok && (D % 32 == 0 || 32 * j + 8 * c < D));
-                }
-            }
-        };
-        auto load_values = [&](int t, int in) {
-            const unsigned char* rows = cache.rows(cache.values, t, in, stride, HEAD_BYTES) + (u32)(2 * c) * stride;
-            const u16* scales = QUANT ? cache.scales(cache.value_scales, t, in) + 2 * c * GROUPS : nullptr;
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const int row = (r & 1) + 8 * (r >> 1);
-                const unsigned char* at = rows + (size_t)(row * stride);
-                const bool ok = (u32)(t * KEYS + 2 * c + row - unit.first) < visible;
-                if constexpr (QUANT) {
-                    value_scales[r].clear();
-                    if (ok) value_scales[r].load(scales + row * GROUPS);
-                }
-#pragma unroll
-                for (int h = 0; h < PANELS; h++) {
-                    const int eight = KV_KIND == Q4 ? word_at(8 * h + g) : 8 * h + g;
-                    v[r][h] = fetch<Eight>(at + (int)sizeof(Eight) * eight, ok && (D % 64 == 0 || 64 * h + 8 * g < D));
-                }
-            }
-        };
-        // What this step does not write is fetched before the kernel before is done.
+        const u32 visible = unit.end - unit.first;
+        // What this step does not write, all but the new token's key, is fetched before the kernel before is done.
         const int first_block = block;
-        const bool early = unit.is_old(tile);
-        if (early && tile < last) {
-            load_keys(tile, first_block);
-            load_values(tile, first_block);
+        if (tile < last) {
+            const u32 old = min(unit.end, unit.position) - unit.first;
+            load_keys<false>(cache, tile, first_block, unit.first, old, k, key_scales);
+            load_values<false>(cache, tile, first_block, unit.first, old, v, value_scales);
         }
         if (tile + WARPS < last) block = cache.block(tile + WARPS);
         prepare();
-        if (!early && tile < last) {
-            load_keys(tile, first_block);
-            load_values(tile, first_block);
+        if (tile < last && tile == unit.position / KEYS) {
+            load_keys<true>(cache, tile, first_block, unit.position, 1, k, key_scales);
+            load_values<true>(cache, tile, first_block, unit.position, 1, v, value_scales);
         }
         for (; tile < last; tile += WARPS) {
             float s[HEAD_TILES][4];
@@ -721,7 +730,7 @@ struct Sums {
             }
             // The keys' registers are free: fetch the next tile's while this one goes on.
             const int next = tile + WARPS, next_block = block;
-            if (next < last) load_keys(next, next_block);
+            if (next < last) load_keys<false>(cache, next, next_block, unit.first, visible, k, key_scales);
             if (next + WARPS < last) block = cache.block(next + WARPS);
             const int key = tile * KEYS + g;
             const bool seen[2] = {key >= unit.first && key < unit.end, key + 8 >= unit.first && key + 8 < unit.end};
@@ -750,7 +759,7 @@ struct Sums {
                     for (int n = 0; n < HEAD_TILES; n++) mma(out[n][h * 4 + u], a[0], a[1], a[2], a[3], weights[n][0], weights[n][1]);
                 }
             }
-            if (next < last) load_values(next, next_block);
+            if (next < last) load_values<false>(cache, next, next_block, unit.first, visible, v, value_scales);
         }
 #pragma unroll
         for (int n = 0; n < HEAD_TILES; n++)
@@ -998,6 +1007,14 @@ __device__ __forceinline__ void combine(const float* partials, const float2* sta
     }
 }
 
+// *counter + 1, after what the block has written (the barrier before has ordered that), before what it reads; what was there.
+// Cheaper than an addition between two fences of everything.
+__device__ __forceinline__ u32 count_one(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(1u) : "memory");
+    return before;
+}
+
 // What both entries share. q: row s at s * q_stride, query heads one after another; out [S][query_heads][D]. jobs:
 // [gridDim.x][3]: KV head, first query head, query heads. counters: [S][gridDim.x], zero before and after. rows: where the
 // sequences' rows of q and out are, null: 0, 1, 2 ...
@@ -1151,11 +1168,9 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     if (threadIdx.x < own_heads) __stcg(a.stats + mine + threadIdx.x, make_float2(most[threadIdx.x], total[threadIdx.x]));
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();  // what the block has written, before the count
         u32* counter = a.counters + (size_t)sequence * gridDim.x + blockIdx.x;
-        is_last = atomicAdd(counter, 1u) == (u32)count - 1;
+        is_last = count_one(counter) == (u32)count - 1;
         if (is_last) *counter = 0;
-        __threadfence();
     }
     __syncthreads();
     if (is_last) combine(a.partials, a.stats, (int)blockIdx.y - kept[1], count, own_heads, a.out, out_at);
