@@ -417,9 +417,9 @@ struct Cache {
     __device__ __forceinline__ size_t slot(int block, int tile) const { return (size_t)block * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE; }
     // Index of the first number of a tile's first key.
     __device__ __forceinline__ size_t at(int block, int tile) const { return (slot(block, tile) * kv_heads + kv_head) * D; }
-    // The head's first byte of a tile's first key, and the head's scales of that key.
-    __device__ __forceinline__ const unsigned char* rows(const void* all, int tile, int block, u32 stride, u32 head_bytes) const {
-        return (const unsigned char*)all + (u64)(u32)slot(block, tile) * stride + (u32)kv_head * head_bytes;
+    // The head's first byte of a tile's key, and its scales of a tile's first key.
+    __device__ __forceinline__ const unsigned char* row(const void* all, int tile, int block, int key, u32 stride, u32 head_bytes) const {
+        return (const unsigned char*)all + ((u64)(u32)slot(block, tile) * stride + ((u32)kv_head * head_bytes + (u32)key * stride));
     }
     __device__ __forceinline__ const u16* scales(const u16* all, int tile, int block) const {
         return all + (u64)(u32)((block * kv_heads + kv_head) * BLOCK_SIZE + (tile * KEYS) % BLOCK_SIZE) * GROUPS;
@@ -630,7 +630,7 @@ struct Sums {
     static __device__ __forceinline__ void load_keys(const Cache& cache, int tile, int block, int low, u32 count, Eight (&k)[2][CHUNKS], Scales (&steps)[2]) {
         const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
         const u32 stride = cache.kv_heads * HEAD_BYTES;
-        const unsigned char* rows = cache.rows(cache.keys, tile, block, stride, HEAD_BYTES) + (u32)g * stride;
+        const unsigned char* rows = cache.row(cache.keys, tile, block, g, stride, HEAD_BYTES);
         const u16* scales = QUANT ? cache.scales(cache.key_scales, tile, block) + g * GROUPS : nullptr;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -650,7 +650,7 @@ struct Sums {
     static __device__ __forceinline__ void load_values(const Cache& cache, int tile, int block, int low, u32 count, Eight (&v)[4][PANELS], Scales (&steps)[4]) {
         const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
         const u32 stride = cache.kv_heads * HEAD_BYTES;
-        const unsigned char* rows = cache.rows(cache.values, tile, block, stride, HEAD_BYTES) + (u32)(2 * c) * stride;
+        const unsigned char* rows = cache.row(cache.values, tile, block, 2 * c, stride, HEAD_BYTES);
         const u16* scales = QUANT ? cache.scales(cache.value_scales, tile, block) + 2 * c * GROUPS : nullptr;
 #pragma unroll
         for (int r = 0; r < 4; r++) {
@@ -732,8 +732,8 @@ struct Sums {
             const int next = tile + WARPS, next_block = block;
             if (next < last) load_keys<false>(cache, next, next_block, unit.first, visible, k, key_scales);
             if (next + WARPS < last) block = cache.block(next + WARPS);
-            const int key = tile * KEYS + g;
-            const bool seen[2] = {key >= unit.first && key < unit.end, key + 8 >= unit.first && key + 8 < unit.end};
+            const int key = tile * KEYS + g - unit.first;
+            const bool seen[2] = {(u32)key < visible, (u32)(key + 8) < visible};
             u32 weights[HEAD_TILES][2];
 #pragma unroll
             for (int n = 0; n < HEAD_TILES; n++) weigh(s[n], seen, scale, softcap, n, weights[n]);
