@@ -78,13 +78,15 @@ def test_page_locked_memory_is_a_line_of_its_own() -> None:
 def test_attentions_scratch_is_no_more_than_planned(
     kv_map: tuple[int, ...], kv_type: torch.dtype, head_dim: int, processors: int
 ) -> None:
+    assert decode.MAX_SEQUENCES == memory.GRAPH_BUCKETS[-1]  # also what single tokens beside prompts are planned for
     kernels: Any = SimpleNamespace(device=torch.device("cpu"), processors=processors)
     rank: Any = SimpleNamespace(kv_map=kv_map)
     for sequences in (1, 8, 64):
         scale = {"scale": 1.0}
         sizes = (kv_map, max(kv_map) + 1, head_dim, torch.float16, kv_type, decode.KEY_TILE, sequences)
-        held = DecodeAttention(kernels, *sizes, **scale).nbytes
-        assert held <= memory._attention_scratch(rank, head_dim, sequences)
+        for warps in (4, 8):
+            held = DecodeAttention(kernels, *sizes, warps=warps, **scale).nbytes
+            assert held <= memory._attention_scratch(rank, head_dim, sequences)
 
 
 def test_what_is_held_is_compared_with_the_plan() -> None:

@@ -227,4 +227,6 @@ def _buffers(plan: Plan, rank: RankPlan) -> dict[str, int]:
     nccl = NCCL_BYTES if plan.size > 1 else 0
     outside = {"cuda_context": CUDA_CONTEXT_BYTES, "nccl": nccl, "peer_memory": peer_memory_bytes(plan)}
     graphs = graph_bytes(plan, rank, graph_buckets(plan))
-    return {**parts, "graphs": graphs, **outside, "allocator": CUDA_ALLOCATOR_BYTES}
+    kinds = len({layer.window for layer in spec.layers})
+    singles = kinds * _attention_scratch(rank, spec.head_dim, GRAPH_BUCKETS[-1])  # in steps that are not recorded
+    return {**parts, "graphs": graphs, "single_tokens": singles, **outside, "allocator": CUDA_ALLOCATOR_BYTES}
