@@ -78,7 +78,7 @@ def test_page_locked_memory_is_a_line_of_its_own() -> None:
 def test_attentions_scratch_is_no_more_than_planned(
     kv_map: tuple[int, ...], kv_type: torch.dtype, head_dim: int, processors: int
 ) -> None:
-    assert decode.MAX_SEQUENCES == memory.GRAPH_BUCKETS[-1]  # also what single tokens beside prompts are planned for
+    assert memory.GRAPH_BUCKETS[-1] == decode.MAX_SEQUENCES  # also what single tokens beside prompts are planned for
     kernels: Any = SimpleNamespace(device=torch.device("cpu"), processors=processors)
     rank: Any = SimpleNamespace(kv_map=kv_map)
     for sequences in (1, 8, 64):
