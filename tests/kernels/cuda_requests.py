@@ -134,7 +134,7 @@ def decode_requests(turn: int) -> None:
         x_type, kv_type = HALVES[(turn + number) % 2], ("f16", "q8", "bf16", "q4", "f32")[(2 * turn + number) % 5]
         if head_dim % KV_GROUP and kv_type in ("q8", "q4"):
             kv_type = "f32"
-        group = (1, 4, 16)[(turn + number) % 3]
+        group, warps = (1, 4, 16)[(turn + number) % 3], (4, 16, 8)[(turn + 2 * number) % 3]
         cache = make_cache(kv_type, (1, 32, 1, head_dim), CPU)
         attention = DecodeAttention(
             kernels,
@@ -147,7 +147,7 @@ def decode_requests(turn: int) -> None:
             1,
             scale=1.0,
             early=bool((turn + number) % 2),
-            warps=16 if group <= 8 and head_dim <= 128 and number % 2 else 8,
+            warps=warps if warps < 16 or (group <= 8 and head_dim <= 128) else 8,
         )
         qkv, out = torch.zeros(1, (group + 2) * head_dim, dtype=x_type), torch.zeros(1, group * head_dim, dtype=x_type)
         places = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
