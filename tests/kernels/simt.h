@@ -195,6 +195,11 @@ static inline unsigned __reduce_add_sync(unsigned, unsigned v) {
     for (int i = 0; i < 32; i++) total += exchanged(v, i);
     return total;
 }
+static inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    unsigned most = 0;
+    for (int i = 0; i < 32; i++) most = max(most, exchanged(v, i));
+    return most;
+}
 template <class T, class V> static inline T atomicAdd(T* at, V v) {
     const T before = *at;
     *at += (T)v;

@@ -331,10 +331,24 @@ __device__ __forceinline__ void set_unit(int sequence, int index, int count, int
     unit.end = min(position + 1, unit.begin + piece * KEYS);
 }
 
+// Over the lanes, of numbers that are not negative.
 __device__ __forceinline__ int lane_sum(int v) {
+#if __CUDA_ARCH__ >= 800
+    return (int)__reduce_add_sync(ALL_LANES, (u32)v);
+#else
 #pragma unroll
     for (int step = 16; step; step >>= 1) v += __shfl_xor_sync(ALL_LANES, v, step);
     return v;
+#endif
+}
+__device__ __forceinline__ int lane_max(int v) {
+#if __CUDA_ARCH__ >= 800
+    return (int)__reduce_max_sync(ALL_LANES, (u32)v);
+#else
+#pragma unroll
+    for (int step = 16; step; step >>= 1) v = max(v, __shfl_xor_sync(ALL_LANES, v, step));
+    return v;
+#endif
 }
 
 // The unit of this block; false where there are fewer. A unit's size is the share of one of `target` blocks (those that
@@ -343,6 +357,7 @@ __device__ __forceinline__ int lane_sum(int v) {
 // is small. A sequence has at least one unit, so there are at most target + sequences.
 __device__ __forceinline__ bool find_unit(const int* positions, int sequences, int window, int target, int min_keys, Unit& unit) {
     constexpr int TRIES = 16, EACH = MAX_SEQUENCES / 32;
+    static_assert(TRIES % WARPS == 0, "the same number of tries for every warp");
     __shared__ int tried[TRIES];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, me = blockIdx.y, least = (min_keys + KEYS - 1) / KEYS;
     if (sequences == 1) {
@@ -360,13 +375,14 @@ __device__ __forceinline__ bool find_unit(const int* positions, int sequences, i
         longest = max(longest, tiles[i]);
     }
     total = lane_sum(total);
-#pragma unroll
-    for (int step = 16; step; step >>= 1) longest = max(longest, __shfl_xor_sync(ALL_LANES, longest, step));
+    longest = lane_max(longest);
     int size = max(units_of(total, target), units_of(longest, MAX_UNITS));
     if (size <= least) {
         size = least;
     } else {
-        for (int i = warp; i < TRIES; i += WARPS) {
+#pragma unroll
+        for (int first = 0; first < TRIES; first += WARPS) {
+            const int i = first + warp;
             int units = 0;
 #pragma unroll
             for (int j = 0; j < EACH; j++) units += lane + 32 * j < sequences ? units_of(tiles[j], size + size * i / TRIES) : 0;
