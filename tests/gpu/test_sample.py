@@ -1,9 +1,15 @@
-"""Greedy sampling on the device against argmax, many launches in a row."""
+"""Sampling on the device: greedy against argmax, all else in one launch against torch; many launches in a row."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+
+from multitensor.engine.batch import SamplingSetup
+from multitensor.engine.sampler import Sampler
+from multitensor.kernels.cuda.choose import CudaTokenChooser
+from sampling_oracle import processed, right_tokens, sampling_setup
 
 pytestmark = pytest.mark.gpu
 
@@ -29,3 +35,99 @@ def test_the_likeliest_is_remembered(columns: int, rows: int) -> None:
         expected = torch.full_like(last, -7)
         expected[slots[1:].long()] = wanted[1:]
         assert torch.equal(last, expected)
+
+
+KINDS: list[dict] = [
+    {"temperature": 0.8},
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 0.7, "top_k": 40, "top_p": 0.9},
+    {"temperature": 1.0, "top_k": 200},
+    {"temperature": 1.2, "min_p": 0.02},
+    {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.3},
+    {"repetition_penalty": 1.3},
+    {"temperature": 1e-5, "top_p": 0.5},
+    {"temperature": 100.0, "top_p": 0.999},
+    {},
+]
+
+
+def requests(rows: int, columns: int, random: np.random.Generator) -> list[SamplingSetup]:
+    """One of every kind, in turn, in slots in no order."""
+    prompts = [random.integers(0, columns, 700).astype(np.int32) for _ in range(rows)]
+    slots = random.permutation(rows)
+    return [
+        sampling_setup(int(slot), prompt_ids=prompt, **KINDS[row % len(KINDS)])
+        for row, (slot, prompt) in enumerate(zip(slots, prompts, strict=True))
+    ]
+
+
+def sampler_of(setups: list[SamplingSetup], columns: int, chooser: CudaTokenChooser | None) -> Sampler:
+    sampler = Sampler(len(setups), columns, 1024, torch.device("cuda:0"), chooser)
+    for request in setups:
+        sampler.admit(request)
+    return sampler
+
+
+def masks_of(rows: int, columns: int, random: np.random.Generator) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """What grammars allow of every third row: bool [rows, columns], and the same as a step has it."""
+    allowed = np.ones((rows, -(-columns // 32) * 32), bool)
+    allowed[::3] = random.random(allowed[::3].shape) < 0.4
+    bits = np.packbits(allowed, axis=1, bitorder="little").view(np.uint32)
+    return allowed[:, :columns], {row: bits[row] for row in range(0, rows, 3)}
+
+
+@pytest.mark.parametrize("spread", [0.3, 4.0])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128256), (10, 128256), (70, 128256), (10, 32001), (10, 262144)])
+def test_one_launch_samples_what_torch_does(rows: int, columns: int, spread: float) -> None:
+    random = np.random.default_rng(rows + columns)
+    torch.manual_seed(rows + columns)
+    setups = requests(rows, columns, random)
+    ours = sampler_of(setups, columns, CudaTokenChooser(columns, torch.device("cuda:0")))
+    torchs = sampler_of(setups, columns, None)
+    slots = np.array([request.slot for request in setups])
+    outputs: list[list[int]] = [[] for _ in setups]
+    same = 0
+    for step in range(4):
+        logits = spread * torch.randn(rows, columns, device="cuda")
+        logits = logits.bfloat16().float() if step == 2 else logits  # full of ties
+        allowed, masks = masks_of(rows, columns, random) if step % 2 else (None, {})
+        shares = random.random(rows)
+        given = logits.clone()
+        ids = ours.sample(given, slots, shares, masks)[0]
+        wanted = torchs.sample(logits, slots, shares, masks)[0].tolist()
+        assert torch.equal(given, logits)
+        assert torch.equal(ours.last_tokens[slots], ids)
+        torchs._history.copy_(ours._history)  # where they differ, both go on with the same
+        for row, (token, other) in enumerate(zip(ids.tolist(), wanted, strict=True)):
+            same += token == other
+            if token != other:
+                x = processed(
+                    logits[row].cpu().numpy(), setups[row], outputs[row], None if allowed is None else allowed[row]
+                )
+                assert token in right_tokens(x, setups[row], shares[row]), (row, KINDS[row % len(KINDS)])
+            outputs[row].append(token)
+    assert same >= 0.97 * 4 * rows
+
+
+@pytest.mark.parametrize("columns", [32001, 128256])
+def test_one_launch_does_not_depend_on_its_grid(columns: int) -> None:
+    """Rows by themselves, together, and by different numbers of blocks, often in a row: the same tokens."""
+    random, device = np.random.default_rng(9), torch.device("cuda:0")
+    torch.manual_seed(9)
+    setups = requests(20, columns, random)
+    logits = 2 * torch.randn(20, columns, device="cuda")
+    shares = random.random(20)
+    slots = np.array([request.slot for request in setups])
+    found = [
+        sampler_of(setups, columns, CudaTokenChooser(columns, device, parts)).sample(logits, slots, shares)[0].tolist()
+        for parts in (None, 16, 31, 64)
+    ]
+    alone = sampler_of(setups, columns, CudaTokenChooser(columns, device))
+    found.append([alone.sample(logits[r : r + 1], slots[r : r + 1], shares[r : r + 1])[0].item() for r in range(20)])
+    assert all(tokens == found[0] for tokens in found)
+    chooser = CudaTokenChooser(columns, device)
+    random_rows = [row for row in range(20) if "repetition_penalty" not in KINDS[row % len(KINDS)]]
+    often = sampler_of(setups, columns, chooser)
+    for _ in range(200):
+        ids = often.sample(logits[random_rows], slots[random_rows], shares[random_rows])[0]
+    assert ids.tolist() == [found[0][row] for row in random_rows]

@@ -16,6 +16,7 @@ from multitensor.config import KV_GROUP
 from multitensor.formats.quant_types import QUANT_TYPES
 from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.cuda import (
+    choose,
     chunks,
     decode,
     flags,
@@ -27,6 +28,7 @@ from multitensor.kernels.cuda import (
     reduce,
     small_batch,
 )
+from multitensor.kernels.cuda.choose import CudaTokenChooser
 from multitensor.kernels.cuda.chunks import ChunkKernels, WireName
 from multitensor.kernels.cuda.decode import HEAD_DIMS, DecodeAttention, DecodeKernels, cache_kind
 from multitensor.kernels.cuda.flags import Flags
@@ -73,7 +75,7 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (chunks, decode, flags, float_matrix, int8, layer, matrix, prefill, reduce, small_batch):
+        for module in (choose, chunks, decode, flags, float_matrix, int8, layer, matrix, prefill, reduce, small_batch):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -203,6 +205,11 @@ def chunk_requests(turn: int) -> None:
     Flags(0, CPU)
 
 
+def sampling_requests(turn: int) -> None:
+    """Sampling in one launch."""
+    CudaTokenChooser(128256, CPU)
+
+
 def layer_requests(turn: int) -> None:
     """Launches between attentions, for one and two tokens; types, sizes and ranks by turns."""
     names = sorted(TILE_BYTES)
@@ -246,5 +253,6 @@ REQUESTS = (
     prefill_requests,
     peer_requests,
     chunk_requests,
+    sampling_requests,
     layer_requests,
 )

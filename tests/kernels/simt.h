@@ -189,6 +189,11 @@ static inline unsigned long long __shfl_xor_sync(unsigned all, unsigned long lon
     const unsigned low = __shfl_xor_sync(all, (unsigned)v, mask), high = __shfl_xor_sync(all, (unsigned)(v >> 32), mask);
     return (unsigned long long)high << 32 | low;
 }
+static inline unsigned long long __shfl_up_sync(unsigned, unsigned long long v, int by) {
+    const int lane = threadIdx.x & 31, source = lane < by ? lane : lane - by;
+    const unsigned low = exchanged((unsigned)v, source), high = exchanged((unsigned)(v >> 32), source);
+    return (unsigned long long)high << 32 | low;
+}
 template <class T> static inline T __shfl_sync(unsigned, T v, int source) { return bits<T>(exchanged(bits<unsigned>(v), source)); }
 static inline unsigned __reduce_add_sync(unsigned, unsigned v) {
     unsigned total = 0;
@@ -212,6 +217,8 @@ template <class T> static inline T atomicExch(T* at, T v) {
     progress++;
     return before;
 }
+static inline unsigned atomicInc(unsigned* at, unsigned most) { return atomicExch(at, *at >= most ? 0 : *at + 1); }
+static inline unsigned atomicOr(unsigned* at, unsigned v) { return atomicExch(at, *at | v); }
 template <class T> static inline T atomicMax(T* at, T v) { return atomicExch(at, max(*at, v)); }
 
 // D += A B by the fragment maps of m16n8k32 with int8; m16n8k16 is its first half.

@@ -22,6 +22,7 @@ from multitensor.kernels.cache_tensor import make_cache
 from multitensor.kernels.dispatch import make_kernels
 from multitensor.kernels.host_copy import to_device
 from multitensor.kernels.quant_tensor import QuantTensor
+from multitensor.kernels.token_rows import TokenChooser
 from multitensor.loading.loader import load_rank
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder
@@ -153,11 +154,17 @@ class ModelRunner:
             self.group.open_host_memory(host_memory_bytes(self.plan))
             wire: WireName = "q8" if Q8_WIRE in self.config.experimental else "exact"
             self.group.choose_reductions(self.plan.spec.hidden_size, vocabulary, self.dtype, wire)
+        self.sampler.chooser = self._token_chooser()
         self._graphs = self._decode_graphs()
         stages.end("reductions")
         self.group.barrier()
         stages.end("others")
         self.load_stages = stages.seconds
+
+    def _token_chooser(self) -> TokenChooser | None:
+        """What samples in one launch, where every rank has such."""
+        chooser = self.kernels.token_chooser(self.plan.spec.vocab_size)
+        return chooser if all(self.group.gather_objects(chooser is not None)) else None
 
     def _decode_graphs(self) -> DecodeGraphs | None:
         """CUDA graphs of small decode steps, where kernels and model allow them."""

@@ -21,6 +21,7 @@ from multitensor.engine.batch import SamplingSetup
 from multitensor.engine.logprobs import Logprobs, pack_logprobs
 from multitensor.engine.slot_table import SlotTable
 from multitensor.kernels.host_copy import to_device
+from multitensor.kernels.token_rows import TokenChooser
 
 _WEIGHT_ONE = 2.0**40  # the likeliest token's weight; 2**22 such tokens still sum within 63 bits
 _TOP_P_CANDIDATES = 1024  # a CPU looks at so many before it sorts the vocabulary
@@ -33,11 +34,15 @@ class Sampler:
     """State of `slots` sequences: parameters, history for penalties, and the token sampled last.
 
     max_context: tokens a sequence may have; the history (int32 [slots, up to max_context]) is made when the first
-    request with penalties comes, and grows.
+    request with penalties comes, and grows. chooser: what samples in one launch, where the device has such; all ranks
+    must have one, or none, for its weights are not rounded as here.
     """
 
-    def __init__(self, slots: int, vocab_size: int, max_context: int, device: torch.device) -> None:
+    def __init__(
+        self, slots: int, vocab_size: int, max_context: int, device: torch.device, chooser: TokenChooser | None = None
+    ) -> None:
         self.device = device
+        self.chooser = chooser
         self.vocab_size = vocab_size
         self.last_tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self._max_context = max_context
@@ -67,18 +72,50 @@ class Sampler:
         if len(slots) == 0:
             return torch.zeros(0, dtype=torch.int64, device=self.device), None
         self._table.require(slots)
-        allowed = self._masked(logits, masks) if masks else logits
-        greedy = self._table.plain_greedy[slots].all()
-        if greedy and likeliest is not None and not masks:
+        if likeliest is not None and not masks and self._table.plain_greedy[slots].all():
             ids = likeliest
+        elif self.chooser is not None:
+            ids = self._chosen(self.chooser, logits, slots, uniforms, masks or {})
         else:
-            if greedy:
-                ids = allowed.argmax(-1)
-            else:
-                ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
-            self.last_tokens.index_copy_(0, self._to_device(slots.astype(np.int64)), ids)
-        self._remember(ids, slots)
+            ids = self._by_torch(logits, slots, uniforms, masks)
+            self._remember(ids, slots)
+        self._table.sampled[slots] += 1
         return ids, self._logprobs(logits, ids, slots)
+
+    def _chosen(
+        self,
+        chooser: TokenChooser,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        uniforms: np.ndarray,
+        masks: Mapping[int, np.ndarray],
+    ) -> torch.Tensor:
+        """In one launch, which also writes what the next steps look for. Bias and suppression are rare: before it."""
+        table = self._table
+        rows = table.rows_of(slots, uniforms)
+        self._reserve(int(rows["history"].max()) + 1)
+        rows["mask"][list(masks)] = np.arange(len(masks))
+        words = np.stack(list(masks.values())) if masks else None
+        if not table.biased[slots].any() and not len(table.suppressed(slots)):
+            return chooser.run(logits, rows, words, self._history, self.last_tokens)
+        parts = self._groups(len(slots))
+        return torch.cat(
+            [
+                chooser.run(self._adjusted(logits[g], slots[g]), rows[g], words, self._history, self.last_tokens)
+                for g in parts
+            ]
+        )
+
+    def _by_torch(
+        self, logits: torch.Tensor, slots: np.ndarray, uniforms: np.ndarray, masks: Mapping[int, np.ndarray] | None
+    ) -> torch.Tensor:
+        allowed = self._masked(logits, masks) if masks else logits
+        if self._table.plain_greedy[slots].all():
+            ids = allowed.argmax(-1)
+        else:
+            ids = torch.cat([self._choose(allowed[g], slots[g], uniforms[g]) for g in self._groups(len(slots))])
+        self.last_tokens.index_copy_(0, self._to_device(slots.astype(np.int64)), ids)
+        return ids
 
     def _groups(self, rows: int) -> list[slice]:
         size = max(1, _GROUP_ELEMENTS // self.vocab_size)
@@ -133,10 +170,22 @@ class Sampler:
 
     def _process(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """Bias, suppression and penalties; a copy when there are any."""
+        adjusted = self._adjusted(logits, slots)
+        penalised = np.flatnonzero(self._table.penalised[slots])
+        if not len(penalised):
+            return adjusted
+        if len(penalised) == len(slots):
+            return self._penalise(adjusted, slots)
+        adjusted = adjusted.clone() if adjusted is logits else adjusted
+        rows = self._to_device(penalised)
+        adjusted[rows] = self._penalise(adjusted[rows], slots[penalised])
+        return adjusted
+
+    def _adjusted(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
+        """Bias and suppression; a copy when there are any."""
         table = self._table
         biased, suppressed = np.flatnonzero(table.biased[slots]), table.suppressed(slots)
-        penalised = np.flatnonzero(table.penalised[slots])
-        if not len(biased) and not len(suppressed) and not len(penalised):
+        if not len(biased) and not len(suppressed):
             return logits
         logits = logits.clone()
         if len(biased):
@@ -147,9 +196,6 @@ class Sampler:
             barred = [(row, token) for row in suppressed.tolist() for token in table.setup(slots[row]).suppress_ids]
             where = self._indices([row for row, _ in barred]), self._indices([token for _, token in barred])
             logits[where] = -torch.inf
-        if len(penalised):
-            rows = self._to_device(penalised)
-            logits[rows] = self._penalise(logits[rows], slots[penalised])
         return logits
 
     def _penalise(self, logits: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
@@ -177,7 +223,7 @@ class Sampler:
         """One token a row, at random; float32 [R, vocab] -> int64 [R]."""
         best = logits.amax(-1, keepdim=True)
         x = (logits - best) / self._column(self._table.temperature, slots)  # the best is 0 whatever the temperature
-        x = torch.where(x >= torch.log(self._column(self._table.min_p, slots)), x, -torch.inf)
+        x = torch.where(x >= self._column(self._table.least, slots), x, -torch.inf)
         filtered = np.flatnonzero(self._table.filtered[slots])
         if len(filtered) == len(slots):
             x = torch.where(x >= self._threshold(x, slots), x, -torch.inf)
@@ -192,7 +238,7 @@ class Sampler:
 
     def _threshold(self, x: torch.Tensor, slots: np.ndarray) -> torch.Tensor:
         """The least value that top-k and top-p keep, float32 [R, 1]. x: scaled logits <= 0, -inf where dropped."""
-        top_k = self._table.top_k[slots]
+        top_k = self._table.top_k[slots].astype(np.int64)
         candidates = x.shape[-1]
         all_k = bool((top_k > 0).all())
         if all_k:
@@ -212,7 +258,7 @@ class Sampler:
         Returns the least value in the smallest set whose mass reaches top_p of the mass that top-k leaves (float32
         [R, 1]), and whether `values` reach that far."""
         width = values.shape[1]
-        top_k = self._column(self._table.top_k, slots)
+        top_k = self._column(self._table.top_k, slots).long()
         has_k = top_k > 0
         last = torch.where(has_k, top_k, width) - 1  # the last place that top-k leaves
         place = torch.arange(width, device=self.device)
@@ -236,7 +282,6 @@ class Sampler:
             self._reserve(int(places.max()) + 1)
             where = self._to_device(slots[rows].astype(np.int64)), self._to_device(places)
             self._history[where] = (ids if len(rows) == len(slots) else ids[self._to_device(rows)]).int()
-        table.sampled[slots] += 1
 
     def _reserve(self, width: int) -> None:
         if width <= self._history.shape[1]:

@@ -15,6 +15,7 @@ from multitensor.kernels.projection import Projection
 from multitensor.kernels.prompt_attention import PromptAttention
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.rows import Rows
+from multitensor.kernels.token_rows import TokenChooser
 
 
 class Kernels:
@@ -42,6 +43,10 @@ class Kernels:
 
     def join(self, weights: MutableMapping[str, QuantTensor | torch.Tensor], groups: Iterable[Sequence[str]]) -> None:
         """May put the weights of each group, which will be multiplied by the same activations, next to each other."""
+
+    def token_chooser(self, columns: int) -> TokenChooser | None:
+        """What samples rows of so many logits on the device; None: plain torch does."""
+        return None
 
     def logits(self, hidden: torch.Tensor, w: QuantTensor) -> torch.Tensor:
         """hidden [S, w.cols] -> float32 [S, w.rows]. Sums of bfloat16 products are kept in float32: rounded to

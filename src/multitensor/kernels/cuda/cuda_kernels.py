@@ -8,9 +8,10 @@ from typing import Literal
 
 import torch
 
-from multitensor.config import INT8_PROMPTS
+from multitensor.config import INT8_PROMPTS, ONE_LAUNCH_SAMPLING
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
+from multitensor.kernels.cuda.choose import CudaTokenChooser
 from multitensor.kernels.cuda.decode import DecodeKernels
 from multitensor.kernels.cuda.float_matrix import FloatKernels
 from multitensor.kernels.cuda.int8 import Int8Products, is_int8_possible
@@ -25,6 +26,7 @@ from multitensor.kernels.projection import Projection
 from multitensor.kernels.prompt_attention import PromptAttention
 from multitensor.kernels.quant_tensor import QuantTensor
 from multitensor.kernels.rows import Here, Rows
+from multitensor.kernels.token_rows import TokenChooser
 from multitensor.kernels.torch_kernels import Kernels
 
 FEW_TOKENS = 32  # up to here the matrix-vector kernels, four tokens at a time, beat expansion, where it is they or it
@@ -37,6 +39,7 @@ class CudaKernels(Kernels):
 
     name = "cuda"
     int8_products: Int8Products | None = None
+    _chooses_tokens = False
 
     def __init__(self, device: torch.device, exact: bool) -> None:
         super().__init__(device, exact)
@@ -52,6 +55,15 @@ class CudaKernels(Kernels):
         if INT8_PROMPTS in experimental and is_int8_possible(self.device):
             self.int8_products = Int8Products(self.device, EXPAND_BYTES)
             self.rounds_prompts = True
+        self._chooses_tokens = ONE_LAUNCH_SAMPLING in experimental
+
+    def token_chooser(self, columns: int) -> TokenChooser | None:
+        if not self._chooses_tokens:
+            return None
+        try:
+            return CudaTokenChooser(columns, self.device)
+        except ValueError:  # the GPU is too small for rows of so many
+            return None
 
     def adopt(self, weights: Mapping[str, QuantTensor | torch.Tensor]) -> dict[str, QuantTensor | torch.Tensor]:
         """Packs every quantised matrix into tiles, one at a time, dropping its planes; `weights` is emptied."""
