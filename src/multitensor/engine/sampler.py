@@ -94,8 +94,9 @@ class Sampler:
         table = self._table
         rows = table.rows_of(slots, uniforms)
         self._reserve(int(rows["history"].max()) + 1)
-        rows["mask"][list(masks)] = np.arange(len(masks))
-        words = np.stack(list(masks.values())) if masks else None
+        if masks:
+            rows["mask"][list(masks)] = np.arange(len(masks))
+        words = list(masks.values())
         if not table.biased[slots].any() and not len(table.suppressed(slots)):
             return chooser.run(logits, rows, words, self._history, self.last_tokens)
         parts = self._groups(len(slots))

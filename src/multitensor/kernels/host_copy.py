@@ -29,7 +29,7 @@ class Uploads:
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
 
     def send(self, *arrays: np.ndarray) -> torch.Tensor:
-        """Contiguous arrays -> their bytes on the device, one behind the other, valid until the next call's copy runs
+        """Contiguous arrays [n] -> their bytes on the device, one behind the other, valid until the next call's copy runs
         on the stream. Waits only where three copies are under way already."""
         size = sum(array.nbytes for array in arrays)
         self._reserve(size)
@@ -38,7 +38,7 @@ class Uploads:
             self._copied[self._turn].synchronize()
         bytes_, at = host.numpy(), 0
         for array in arrays:
-            bytes_[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+            bytes_[at : at + array.nbytes] = array.view(np.uint8)
             at += array.nbytes
         self._there[:size].copy_(host[:size], non_blocking=True)
         if self._copied:

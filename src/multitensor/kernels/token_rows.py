@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -36,12 +37,12 @@ class TokenChooser(Protocol):
         self,
         logits: torch.Tensor,
         rows: np.ndarray,
-        masks: np.ndarray | None,
+        masks: Sequence[np.ndarray],
         history: torch.Tensor,
         last: torch.Tensor,
     ) -> torch.Tensor:
         """logits: float32 [S, vocabulary], whose last axis is contiguous. rows: ROW [S], no slot twice. masks: uint32
-        [M, at least vocabulary / 32], a bit a token. history: int32 [slots, width]; where a row has penalties its token
+        [vocabulary / 32 or more] each, a bit a token. history: int32 [slots, width]; where a row has penalties its token
         is written at place `history`. last: int64 [slots], where every row's token is written. Returns int64 [S]. The
         host does not wait, and may change its arrays at once."""
         ...

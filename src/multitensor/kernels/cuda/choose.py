@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,18 +49,18 @@ class CudaTokenChooser:
         self,
         logits: torch.Tensor,
         rows: np.ndarray,
-        masks: np.ndarray | None,
+        masks: Sequence[np.ndarray],
         history: torch.Tensor,
         last: torch.Tensor,
     ) -> torch.Tensor:
         count, columns = logits.shape
         if columns != self._columns or logits.stride(1) != 1 or logits.dtype != torch.float32:
             raise ValueError(f"logits must be float32 rows of {self._columns}")
-        words = 0 if masks is None else masks.shape[1]
-        if masks is not None and 32 * words < columns:
-            raise ValueError(f"masks of {words} words are for fewer than {columns} tokens")
+        words = len(masks[0]) if masks else 0
+        if masks and (32 * words < columns or any(len(mask) != words for mask in masks)):
+            raise ValueError(f"masks of {words} words are not for {columns} tokens")
         ids = torch.empty(count, dtype=torch.int64, device=self._device)
-        sent = self._uploads.send(rows, *(() if masks is None else (np.ascontiguousarray(masks),)))
+        sent = self._uploads.send(rows, *masks)
         allowed = sent[rows.nbytes :]
         for start in range(0, count, MOST_ROWS):
             number = min(MOST_ROWS, count - start)
