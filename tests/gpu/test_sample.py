@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from multitensor import LLM, SamplingParams
+from multitensor.config import ONE_LAUNCH_SAMPLING
 from multitensor.engine.batch import SamplingSetup
 from multitensor.engine.sampler import Sampler
 from multitensor.kernels.cuda.choose import CudaTokenChooser
 from sampling_oracle import processed, right_tokens, sampling_setup
+from synthetic import write_gguf
 
 pytestmark = pytest.mark.gpu
+DIMS = {"hidden": 256, "ffn": 768, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 64, "vocab": 512}
 
 
 @pytest.mark.parametrize("columns", [17, 5000, 128256, 262144])
@@ -131,3 +137,23 @@ def test_one_launch_does_not_depend_on_its_grid(columns: int) -> None:
     for _ in range(200):
         ids = often.sample(logits[random_rows], slots[random_rows], shares[random_rows])[0]
     assert ids.tolist() == [found[0][row] for row in random_rows]
+
+
+def test_an_engine_writes_the_same_texts(tmp_path: Path) -> None:
+    """By one launch a step and by torch's operations, prompt and recorded steps, one sequence and several."""
+    path = write_gguf(tmp_path / "model.gguf", types="Q8_0", **DIMS)
+    common: dict = {"max_tokens": 40, "ignore_eos": True, "seed": 3}
+    kinds: list[dict] = [
+        {"temperature": 0.9, "top_p": 0.9},
+        {"temperature": 1.1, "top_k": 30, "top_p": 0.95, "logprobs": 2},
+        {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": {7: 2.0}},
+    ]
+    texts: list[list[list[int]]] = []
+    for names in ((), (ONE_LAUNCH_SAMPLING,)):
+        with LLM(path, devices="cuda:0", dtype="float16", max_model_len=256, experimental=names) as llm:
+            done = [llm.generate([[3, 14, 15, 92, 65]], SamplingParams(**kind, **common))[0] for kind in kinds]
+            several = llm.generate([[5, 6, 7], [8, 9]], [SamplingParams(**kind, **common) for kind in kinds[:2]])
+            texts.append([list(output.outputs[0].token_ids) for output in done])
+            assert all(len(output.outputs[0].token_ids) == 40 for output in several)
+    assert texts[0] == texts[1]
