@@ -251,3 +251,21 @@ def test_warming_up_changes_nothing_that_comes_after(model_path: Path, ratio: tu
         assert steps[0] == (1, min(plan.max_batch_tokens, plan.context, plan.kv_tokens)) and steps[0][1] > steps[1][1]
         assert {tokens for _, tokens in steps[2:]} == {1} and 1 < steps[-1][0] == min(plan.max_num_seqs, 64)
         assert ids == greedy_continuation(model_path, prompt, 5)
+
+
+@pytest.mark.parametrize("having", [{0}, {0, 1}])
+def test_ranks_sample_in_one_launch_only_together(
+    model_path: Path, having: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose device has no room for it would round weights otherwise: then none does."""
+    checkpoint = open_checkpoint(model_path)
+    plan = cpu_plan(checkpoint, (1.0, 1.0))
+    config = EngineConfig(str(checkpoint.path), "float32", True, 0, plan.max_num_seqs, 64, BLOCK)
+
+    def work(group: Group) -> bool:
+        runner = ModelRunner(checkpoint, plan, group.rank, config, group, CPU)
+        monkeypatch.setattr(runner.kernels, "token_chooser", lambda columns: object() if group.rank in having else None)
+        runner.load()
+        return runner.sampler.chooser is not None
+
+    assert on_ranks(2, work) == [having == {0, 1}] * 2
