@@ -317,12 +317,13 @@ __device__ __forceinline__ int drawn(const u32 (&keys)[QUADS][4], u32 limit, u64
         __syncthreads();
         u64 before = sum_before(sum, s.warps, all);
         if (before <= wanted && wanted < before + sum) {
-            int e = -1;
-            do {
-                e++;
+            int passed = 0;
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
                 before += keys[q][e] <= limit ? weight(keys[q][e]) : 0;
-            } while (before <= wanted && e < 3);
-            s.found.bin = first + 4 * (q * THREADS + threadIdx.x) + e;
+                passed += before <= wanted;
+            }
+            s.found.bin = first + 4 * (q * THREADS + threadIdx.x) + passed;
         }
         if (wanted < all) break;
         wanted -= all;
