@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from multitensor import LLM, SamplingParams
-from multitensor.config import ONE_LAUNCH_SAMPLING
-from multitensor.engine.batch import SamplingSetup
+from multitensor.engine.batch import SamplingSetup, StepInput
+from multitensor.engine.prepare import prepare
+from multitensor.engine.runner import ModelRunner
 from multitensor.engine.sampler import Sampler
 from multitensor.kernels.cuda.choose import CudaTokenChooser
+from multitensor.parallel.group import SingleGroup
 from sampling_oracle import processed, right_tokens, sampling_setup
 from synthetic import write_gguf
 
@@ -139,21 +140,55 @@ def test_one_launch_does_not_depend_on_its_grid(columns: int) -> None:
     assert ids.tolist() == [found[0][row] for row in random_rows]
 
 
-def test_an_engine_writes_the_same_texts(tmp_path: Path) -> None:
-    """By one launch a step and by torch's operations, prompt and recorded steps, one sequence and several."""
+def texts_of(runner: ModelRunner, setups: tuple[SamplingSetup, ...], tokens: int) -> list[list[int]]:
+    """What each of these requests writes after a prompt of its own: one step of all prompts, then recorded ones."""
+    count, blocks = len(setups), 256 // runner.plan.block_size
+    tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)
+    texts: list[list[int]] = [[] for _ in setups]
+    random = np.random.default_rng(7)
+    for number in range(tokens):
+        size = 5 if number == 0 else 1
+        ids = np.arange(5 * count, dtype=np.int32) % 300 if number == 0 else np.full(count, -1, np.int32)
+        output = runner.step(
+            StepInput(
+                step=number,
+                slots=np.array([request.slot for request in setups], np.int32),
+                query_lens=np.full(count, size, np.int32),
+                context_lens=np.full(count, 0 if number == 0 else 4 + number, np.int32),
+                token_ids=ids,
+                block_tables=tables,
+                sample=np.ones(count, bool),
+                uniforms=random.random(count),
+                score_top=np.zeros(count, np.int32),
+                score_next=np.full(size * count, -1, np.int32),
+                setups=setups if number == 0 else (),
+            )
+        )
+        for text, token in zip(texts, output.token_ids.tolist(), strict=True):
+            text.append(token)
+        assert set(output.logprobs) == {row for row, request in enumerate(setups) if request.logprobs >= 0}
+        for row, entry in output.logprobs.items():
+            assert entry.token_logprob <= 0 and len(entry.top_ids) == setups[row].logprobs
+    return texts
+
+
+def test_a_model_writes_the_same_texts(tmp_path: Path) -> None:
+    """By one launch a step, as it is unless there is no room for it, and by torch's operations."""
     path = write_gguf(tmp_path / "model.gguf", types="Q8_0", **DIMS)
-    common: dict = {"max_tokens": 40, "ignore_eos": True, "seed": 3}
-    kinds: list[dict] = [
-        {"temperature": 0.9, "top_p": 0.9},
-        {"temperature": 1.1, "top_k": 30, "top_p": 0.95, "logprobs": 2},
-        {"temperature": 0.8, "min_p": 0.05, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
-        {"temperature": 0.0, "presence_penalty": 1.0, "logit_bias": {7: 2.0}},
-    ]
-    texts: list[list[list[int]]] = []
-    for names in ((), (ONE_LAUNCH_SAMPLING,)):
-        with LLM(path, devices="cuda:0", dtype="float16", max_model_len=256, experimental=names) as llm:
-            done = [llm.generate([[3, 14, 15, 92, 65]], SamplingParams(**kind, **common))[0] for kind in kinds]
-            several = llm.generate([[5, 6, 7], [8, 9]], [SamplingParams(**kind, **common) for kind in kinds[:2]])
-            texts.append([list(output.outputs[0].token_ids) for output in done])
-            assert all(len(output.outputs[0].token_ids) == 40 for output in several)
-    assert texts[0] == texts[1]
+    found = prepare(str(path), devices="cuda:0", dtype="float16", max_model_len=256, max_num_seqs=8)
+    device = torch.device("cuda:0")
+    runner = ModelRunner(found.checkpoint, found.plan, 0, found.config, SingleGroup(), device)
+    runner.load()
+    assert runner.sampler.chooser is not None
+    prompt = np.arange(9, dtype=np.int32)
+    setups = (
+        sampling_setup(4, temperature=0.9, top_p=0.9),
+        sampling_setup(0, temperature=1.1, top_k=30, top_p=0.95, logprobs=2),
+        sampling_setup(7, temperature=0.8, min_p=0.05, repetition_penalty=1.2, prompt_ids=prompt, logprobs=0),
+        sampling_setup(1, presence_penalty=1.0, logit_bias={7: 2.0}),
+        sampling_setup(2),
+    )
+    texts = texts_of(runner, setups, 40)
+    runner.sampler.chooser = None
+    assert texts == texts_of(runner, setups, 40)
+    assert len({tuple(text) for text in texts}) == len(setups)

@@ -29,8 +29,8 @@ class Uploads:
         self._there = torch.empty(0, dtype=torch.uint8, device=device)
 
     def send(self, *arrays: np.ndarray) -> torch.Tensor:
-        """Contiguous arrays [n] -> their bytes on the device, one behind the other, valid until the next call's copy runs
-        on the stream. Waits only where three copies are under way already."""
+        """Contiguous arrays [n] -> their bytes on the device, one behind the other, valid until the next call's copy
+        runs on the stream. Waits only where three copies are under way already."""
         size = sum(array.nbytes for array in arrays)
         self._reserve(size)
         host = self._hosts[self._turn]

@@ -42,7 +42,7 @@ class TokenChooser(Protocol):
         last: torch.Tensor,
     ) -> torch.Tensor:
         """logits: float32 [S, vocabulary], whose last axis is contiguous. rows: ROW [S], no slot twice. masks: uint32
-        [vocabulary / 32 or more] each, a bit a token. history: int32 [slots, width]; where a row has penalties its token
-        is written at place `history`. last: int64 [slots], where every row's token is written. Returns int64 [S]. The
-        host does not wait, and may change its arrays at once."""
+        [vocabulary / 32 or more] each, a bit a token. history: int32 [slots, width]; where a row has penalties its
+        token is written at place `history`. last: int64 [slots], where every row's token is written. Returns int64 [S].
+        The host does not wait, and may change its arrays at once."""
         ...
