@@ -685,32 +685,9 @@ struct Sums {
         }
     }
 
-    // The new token's key and value as they go into a cache that is not quantised, for the warp whose tile has it: on its
-    // way through memory it would come back late.
-    struct Fresh {
-        u16 of[2][QUANT ? 1 : 64 * PANELS];
-        __device__ __forceinline__ void put(int which, int dim, float v) { of[which][dim] = to_bits<MMA_KIND>(v); }
-        __device__ __forceinline__ void take(int position, Eight (&k)[2][CHUNKS], Eight (&v)[4][PANELS]) const {
-            if constexpr (!QUANT) {
-                const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3, row = position % KEYS;
-#pragma unroll
-                for (int r = 0; r < 2; r++)
-#pragma unroll
-                    for (int j = 0; j < CHUNKS; j++)
-                        if (g + 8 * r == row && (D % 32 == 0 || 32 * j + 8 * c < D)) k[r][j] = *(const Eight*)&of[0][32 * j + 8 * c];
-#pragma unroll
-                for (int r = 0; r < 4; r++)
-#pragma unroll
-                    for (int h = 0; h < PANELS; h++)
-                        if (2 * c + (r & 1) + 8 * (r >> 1) == row && (D % 64 == 0 || 64 * h + 8 * g < D)) v[r][h] = *(const Eight*)&of[1][64 * h + 8 * g];
-            }
-        }
-    };
-
-    // prepare(): waits for the kernel before and fills the queries, and `fresh` where IS_FRESH (ends with the block in step).
-    template <bool IS_FRESH, class Prepare>
-    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, const Fresh& fresh, float scale, float softcap,
-                                        Prepare prepare) {
+    // prepare(): waits for the kernel before and fills the queries (ends with the block in step).
+    template <class Prepare>
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, float scale, float softcap, Prepare prepare) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
         int tile = unit.begin / KEYS + warp;
         const int last = (unit.end + KEYS - 1) / KEYS;
@@ -736,9 +713,7 @@ struct Sums {
         }
         if (tile + WARPS < last) block = cache.block(tile + WARPS);
         prepare();
-        if (IS_FRESH && !QUANT) {
-            if (tile < last && tile == unit.position / KEYS) fresh.take(unit.position, k, v);
-        } else if (tile < last && tile == unit.position / KEYS) {
+        if (tile < last && tile == unit.position / KEYS) {
             load_keys<true>(cache, tile, first_block, unit.position, 1, k, key_scales);
             load_values<true>(cache, tile, first_block, unit.position, 1, v, value_scales);
         }
@@ -916,13 +891,8 @@ struct Sums {
         }
     };
 
-    struct Fresh {
-        __device__ __forceinline__ void put(int, int, float) {}
-    };
-
-    template <bool IS_FRESH, class Prepare>
-    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, const Fresh&, float scale, float softcap,
-                                        Prepare prepare) {
+    template <class Prepare>
+    __device__ __forceinline__ void run(const Unit& unit, const Cache& cache, const Queries& queries, float scale, float softcap, Prepare prepare) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
         prepare();
 #pragma unroll
@@ -1119,7 +1089,6 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
     __shared__ bool is_last;
     __shared__ int kept[5];  // what is needed again at the end: the loop has no registers to spare
     __shared__ __align__(16) Sums::Queries queries;
-    __shared__ __align__(16) Sums::Fresh fresh;
     let_next_kernel_start();
 #if !EARLY
     wait_for_previous_kernel();
@@ -1142,7 +1111,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
         __syncthreads();
     }
     Sums sums;
-    sums.run<ROPE>(unit, cache, queries, fresh, a.scale, a.softcap, [&]() {
+    sums.run(unit, cache, queries, a.scale, a.softcap, [&]() {
         Angles angles;
         if (ROPE && unit.position >= 0) angles.load(rope, unit.position);
         wait_for_previous_kernel();
@@ -1162,10 +1131,7 @@ __device__ __forceinline__ void attend(const Attention& a, const Rope& rope, con
                     const int head = a.query_heads + i * a.kv_heads + kv_head;
                     const size_t cached = ((size_t)__ldcg(slot_mapping + unit.sequence) * a.kv_heads + kv_head) * D;
                     turn_head(rope, angles, a.q, row + head * D, head, i ? nullptr : rope.k_norm, i == 0,
-                              [&](int dim, float v) {
-                                  store<KV_KIND>(i ? a.values : a.keys, cached + dim, v);
-                                  fresh.put(i, dim, v);
-                              });
+                              [&](int dim, float v) { store<KV_KIND>(i ? a.values : a.keys, cached + dim, v); });
                 }
             }
         }
