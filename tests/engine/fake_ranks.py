@@ -126,6 +126,7 @@ class FakeExecutor:
         self.cache = np.full((n_blocks, block_size), -7, np.int64)
         self.last_tokens = np.full(max_num_seqs, -5, np.int64)
         self.setups: dict[int, SamplingSetup] = {}
+        self.sampled: dict[int, list[int]] = {}  # by slot: what penalties see of its text
         self.queue: deque[StepInput] = deque()
         self.late_masks: dict[int, dict[int, np.ndarray]] = {}  # by step
         self.steps: list[StepInput] = []
@@ -194,6 +195,7 @@ class FakeExecutor:
             raise RankFailed("rank 1 of 2 was killed (signal 9)")
         for setup in step.setups:
             self.setups[setup.slot] = setup
+            self.sampled[setup.slot] = list(setup.output_ids)
         tokens = np.full(len(step.slots), -1, np.int32)
         output = StepOutput(step.step, tokens)
         starts = np.concatenate([[0], np.cumsum(step.query_lens)])
@@ -221,11 +223,14 @@ class FakeExecutor:
             output.sums[row] = np.sum(vectors, axis=0, dtype=np.float32)
         if step.sample[row]:
             setup = self.setups[slot]
+            if len(setup.prompt_ids):
+                assert [*setup.prompt_ids, *self.sampled[slot]] == context, "penalties look at another text"
             masks = {**step.masks, **(self.late_masks[step.step] if step.late_masks else {})}
             share = None if setup.temperature == 0 else float(step.uniforms[row])
             token = next_token(context, share, masks.get(row))
             output.token_ids[row] = token
             self.last_tokens[slot] = token
+            self.sampled[slot].append(token)
             if setup.logprobs >= 0:
                 best = [(token + k) % VOCAB for k in range(setup.logprobs)]
                 output.logprobs[row] = TokenLogprobs(-0.5, best, [-0.5 - k for k in range(setup.logprobs)], 1)

@@ -16,7 +16,7 @@ from multitensor.engine.fair_queue import FairQueue
 from multitensor.engine.kv_cache import BlockManager, block_hash
 from multitensor.engine.request import SamplingParams
 from multitensor.engine.request_state import Request
-from multitensor.engine.scheduler import _shares
+from multitensor.engine.scheduler import KEPT_TOKENS, _shares
 from multitensor.engine.sequence import Sequence
 
 
@@ -351,6 +351,61 @@ def test_keys_take_turns() -> None:
     assert [request for request in order if request in few] == few
     assert order.index(few[-1]) <= 5  # where it would have been the last of 23
     check_nothing_leaked(engine)
+
+
+def test_one_key_s_many_answers_keep_no_other_key_waiting_for_their_end() -> None:
+    engine, executor = make_engine(context=200, n_blocks=600, max_num_seqs=8, max_batch_tokens=64)
+    params = SamplingParams(temperature=1.0, max_tokens=100, ignore_eos=True, n=8, repetition_penalty=1.3)
+    many = engine.add_request([1, 2, 3], params, key="many")
+    for _ in range(20):
+        engine.step()
+    before = len(executor.steps)
+    first, second = (engine.add_request([number], greedy(1), key=key) for number, key in ((5, "few"), (6, "new")))
+    engine.run([first, second])
+    assert len(executor.steps) - before <= 4 and engine.stats.preemptions == 2
+    oldest = many.continuations[0].sequence
+    engine.run([many])
+    assert engine.stats.preemptions == 2 and oldest.lives == 0
+    assert [output.token_ids for output in many.output().outputs] == oracle([1, 2, 3], params, context=200)
+    check_nothing_leaked(engine)
+
+
+def test_slots_are_shared_by_the_keys_that_want_them_and_then_stay() -> None:
+    engine, _ = make_engine(context=120, n_blocks=600, max_num_seqs=6, max_batch_tokens=64)
+    requests = [engine.add_request([1], greedy(100, n=6), key="a")]
+    for key, shares in (("b", [3, 3]), ("c", [2, 2, 2])):
+        engine.step()
+        requests.append(engine.add_request([1], greedy(100, n=6), key=key))
+        for _ in range(8):
+            engine.step()
+        assert sorted(Counter(each.key for each in engine._scheduler.running).values()) == shares
+    preemptions = engine.stats.preemptions
+    for _ in range(60):
+        engine.step()
+    assert engine.stats.preemptions == preemptions, "a slot goes back and forth"
+    engine.run(requests)
+    check_nothing_leaked(engine)
+
+
+def test_who_gave_a_slot_up_for_others_then_gets_on() -> None:
+    """However many short requests the others send."""
+    engine, _ = make_engine(context=400, n_blocks=900, max_num_seqs=4, max_batch_tokens=64)
+    params = greedy(300, n=4)
+    long = engine.add_request([1], params, key="long")
+    engine.step()
+    sequences = [continuation.sequence for continuation in long.continuations]
+    lives = [0] * 4
+    made = [-KEPT_TOKENS] * 4
+    while not long.finished:
+        if len(engine._scheduler.waiting) < 2:
+            engine.add_request([7], greedy(1), key="short")
+        engine.step()
+        for number, sequence in enumerate(sequences):
+            if sequence.lives > lives[number]:
+                assert len(sequence.output_ids) - made[number] >= KEPT_TOKENS - 1  # one was under way
+                lives[number], made[number] = sequence.lives, len(sequence.output_ids)
+    assert sum(lives) > 4
+    assert [output.token_ids for output in long.output().outputs] == oracle([1], params, context=400)
 
 
 def test_turns() -> None:

@@ -249,6 +249,21 @@ def test_a_slot_taken_anew_forgets_its_history() -> None:
         assert sampler.sample(logits, np.array([0]), np.zeros(1))[0].item() == 0
 
 
+@pytest.mark.parametrize("changes", [{"repetition_penalty": 1.8, "prompt_ids": np.array([1, 2], np.int32)}, {}])
+def test_a_sequence_that_comes_back_samples_as_if_it_had_stayed(changes: dict) -> None:
+    """In another slot, told what it had sampled: penalties and min_tokens count on."""
+    penalties = {"presence_penalty": 0.4, "frequency_penalty": 0.9, "min_tokens": 12, "suppress_ids": (3,), **changes}
+    logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
+    sampler = Sampler(2, 12, 64, torch.device("cpu"))
+    sampler.admit(setup(0, **penalties))
+    stayed = [int(sampler.sample(logits, np.array([0]), np.zeros(1))[0]) for _ in range(20)]
+    for gone in (1, 7, 15):
+        sampler.admit(setup(1, **penalties, output_ids=tuple(stayed[:gone])))
+        back = [int(sampler.sample(logits, np.array([1]), np.zeros(1))[0]) for _ in range(20 - gone)]
+        assert back == stayed[gone:]
+    assert len(set(stayed)) > 3
+
+
 def test_history_grows_to_the_context() -> None:
     sampler = Sampler(2, 500, 300, torch.device("cpu"))
     sampler.admit(setup(1, frequency_penalty=1.0))

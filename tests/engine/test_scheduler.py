@@ -35,6 +35,7 @@ PARAMS = st.builds(
     ignore_eos=st.booleans(),
     stop_token_ids=st.sampled_from([None, [3, 4]]),
     logprobs=st.sampled_from([None, 2]),
+    repetition_penalty=st.sampled_from([1.0, 1.5]),
 )
 # Many begin alike, so that there is something to share.
 PROMPTS = st.one_of(

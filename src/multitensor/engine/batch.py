@@ -15,7 +15,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SamplingSetup:
-    """Sent once, when a request takes a slot. Penalties look at prompt_ids and what the slot sampled since."""
+    """Sent when a sequence takes a slot: once, unless it gave its slot to another key's and takes one again. Penalties
+    look at prompt_ids, output_ids and what the slot sampled since."""
 
     slot: int
     temperature: float
@@ -30,6 +31,7 @@ class SamplingSetup:
     prompt_ids: np.ndarray  # int32; empty when no penalty needs it
     min_tokens: int = 0  # suppress_ids cannot be sampled before the slot has sampled so many
     suppress_ids: tuple[int, ...] = ()
+    output_ids: tuple[int, ...] = ()  # what the sequence sampled already, in a slot that it held before
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,7 @@ class Engine:
             owner = self._owners[sequence]
             if isinstance(owner, tuple) and owner[0].metrics.first_scheduled_time is None:
                 owner[0].metrics.first_scheduled_time = now
+                owner[0].metrics.cached_tokens = sequence.cached
 
     def _collect(self) -> list[Request | ReadRequest]:
         output = self._executor.collect()

@@ -44,6 +44,18 @@ class FairQueue(Generic[T]):
         """Before all others, whatever their keys."""
         self._first.appendleft(item)
 
+    def push_back(self, item: T) -> None:
+        """Before its key's others: it was taken, and gives the place back."""
+        self._turns.setdefault(item.key, deque()).appendleft(item)
+
+    def heads(self) -> list[T]:
+        """The next of each key, in the order of their turns; nobody while some wait before all others."""
+        return [] if self._first else [queue[0] for queue in self._turns.values()]
+
+    def prefer(self, key: str) -> None:
+        """The next turn is that key's, which waits."""
+        self._turns.move_to_end(key, last=False)
+
     def remove(self, item: T) -> None:
         """ValueError when it is not there."""
         if item in self._first:

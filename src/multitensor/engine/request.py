@@ -234,6 +234,7 @@ class RequestMetrics:
     finished_time: float | None = None
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, found in the cache when it was first scheduled
     first_tokens: int = 0  # tokens that came at first_token_time (one a sequence whose prompt ended in that step)
 
     @property

@@ -50,12 +50,13 @@ class Sampler:
         self._history = torch.zeros(slots, 0, dtype=torch.int32, device=device)
 
     def admit(self, setup: SamplingSetup) -> None:
-        """A new request takes the slot; what was there is forgotten."""
+        """A sequence takes the slot; what was there is forgotten."""
         self._table.admit(setup)
-        length = len(setup.prompt_ids)
+        length = len(setup.prompt_ids) + len(setup.output_ids)
         if self._table.penalised[setup.slot] and length:
             self._reserve(length)
-            self._history[setup.slot, :length] = self._to_device(setup.prompt_ids.astype(np.int32))
+            seen = np.concatenate([setup.prompt_ids, np.array(setup.output_ids, np.int32)])
+            self._history[setup.slot, :length] = self._to_device(seen.astype(np.int32))
 
     def sample(
         self,

@@ -11,9 +11,13 @@ turns, and of each those come first that want least. So a long prompt delays no 
 done one after the other.
 
 Blocks: whoever started first gets them first; the youngest gives its own back when the pool runs dry and computes them
-again later ("preemption with recompute"). It keeps its sampler slot meanwhile, since the history there (for penalties)
-cannot be rebuilt from the prompt alone; as it will be the next to be admitted, nobody waits for that slot. The oldest
-is never preempted, so there is always progress. Those that wait for their first step are taken by turns of their keys.
+again later ("preemption with recompute"). It keeps its sampler slot meanwhile: as it will be the next to be admitted,
+nobody waits for that slot. The oldest is never preempted, so there is always progress.
+
+Slots: those that wait for their first step are taken by turns of their keys. When no slot is free, the key that holds
+most gives slots to keys that wait and hold at least two fewer, so that nobody's many answers make another wait for the
+end of one. Its youngest is preempted, gives its slot up, and is its key's next; with a new slot the ranks are told what
+it sampled (for penalties). It then keeps that slot for KEPT_TOKENS tokens at least, whoever waits.
 
 Prefixes: a sequence that starts takes over the full blocks of tokens that others (or itself, before a preemption)
 computed, as far as its own beginning is the same and the steps that wrote them have ended. At least its last token is
@@ -62,6 +66,9 @@ class Update:
     logprobs: TokenLogprobs | None = None
 
 
+KEPT_TOKENS = (
+    32  # that a sequence makes after one preemption for another key before the next: what computing again costs
+)
 MOST_PROMPTS = 4  # that take whole pieces of a step: attention of a prompt is a launch of its own on GPUs
 
 
@@ -121,6 +128,7 @@ class Scheduler:
     def schedule(self) -> StepInput | None:
         """The next step, which counts as under way from now on; None when there is nothing to compute before the
         results of the steps under way are known."""
+        self._share_slots()
         preemptions = self.preemptions
         newcomers = self._newcomers()
         running = [(sequence, sequence.remaining) for sequence in self.running]
@@ -138,7 +146,11 @@ class Scheduler:
             chunk.sequence.computed += chunk.size
             chunk.sequence.pending += chunk.samples
         self._under_way.append((step, chunks))
-        setups = tuple(replace(started.setup, slot=started.slot) for started in self.started if started.setup)
+        setups = tuple(
+            replace(started.setup, slot=started.slot, output_ids=tuple(started.output_ids))
+            for started in self.started
+            if started.setup
+        )
         return _step_input(step, chunks, setups)
 
     def late_masks(self) -> StepMasks | None:
@@ -203,6 +215,36 @@ class Scheduler:
         size = self.blocks.block_size
         return self.blocks.find(sequence.block_hashes((sequence.total - 1) // size, size))
 
+    def _share_slots(self) -> None:
+        """Frees a slot for each waiting key that finds none, as long as another key holds two more than it. (Nobody's
+        turn comes while blocks are what is wanting.)"""
+        heads = self.waiting.heads()[len(self._free_slots) :]
+        if not heads:
+            return
+        held = Counter(sequence.key for sequence in self.running)
+        for head in reversed(heads):  # so that the first of them is preferred last, hence most
+            richest, most = max(held.items(), key=lambda item: item[1], default=("", 0))
+            if most < held[head.key] + 2:
+                continue
+            victim = self._youngest_of(richest)
+            if victim is None:
+                continue
+            self._preempt(victim)
+            self.waiting.push_back(victim)
+            self._free_slots.append(victim.slot)
+            victim.slot = -1
+            victim.keeps_until = len(victim.output_ids) + victim.pending + KEPT_TOKENS
+            held[richest] -= 1
+            held[head.key] += 1
+            self.waiting.prefer(head.key)
+
+    def _youngest_of(self, key: str) -> Sequence | None:
+        """That may give its slot up; never the oldest of all."""
+        for sequence in reversed(self.running[1:]):
+            if sequence.key == key and len(sequence.output_ids) >= sequence.keeps_until:
+                return sequence
+        return None
+
     def _newcomers(self) -> list[tuple[Sequence, int]]:
         """Those that could start now, the next first, and how many tokens each wants. One starts when the blocks for
         all tokens it has are free, though it takes them chunk by chunk."""
@@ -254,14 +296,15 @@ class Scheduler:
                 return False
             victim = self.running[-1]
             self._preempt(victim)
+            self.waiting.push_first(victim)
             if victim is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        """It runs no more; the caller puts it where it waits."""
         self.preemptions += 1
         self.running.remove(sequence)
-        self.waiting.push_first(sequence)
         self.blocks.release(sequence.table, sequence.last_step)
         sequence.computed = sequence.n_filled = sequence.n_summed = 0
         sequence.sums.clear()
@@ -286,9 +329,10 @@ class Scheduler:
             if sequence.slot < 0:
                 sequence.slot = self._free_slots.pop()
                 self.started.append(sequence)
-                if sequence.can_share:
+                if sequence.can_share and sequence.lives == 0:
                     self.prefix_queries += len(sequence.prompt_ids)
                     self.prefix_hits += sequence.computed
+                    sequence.cached = sequence.computed
             chunks.append(self._chunk(sequence, size))
         return chunks
 

@@ -43,6 +43,8 @@ class Sequence:
     sums: list[np.ndarray] = field(default_factory=list)  # one a chunk
     n_summed: int = 0  # tokens that they are of
     lives: int = 0  # how often it was preempted
+    keeps_until: int = 0  # output tokens that it must have before it gives its slot to another key
+    cached: int = 0  # tokens that others had computed when it started first
     pending: int = 0
     computed: int = 0
     table: list[int] = field(default_factory=list)

@@ -37,7 +37,7 @@ class SlotTable:
         )
 
     def admit(self, setup: SamplingSetup) -> None:
-        """A new request takes its slot; what was there is forgotten."""
+        """A sequence takes its slot; what was there is forgotten."""
         slot = setup.slot
         self._setups[slot] = setup
         self.known[slot] = True
@@ -56,7 +56,7 @@ class SlotTable:
         touched = self.random[slot] or self.penalised[slot] or self.biased[slot] or self.suppressing[slot]
         self.plain_greedy[slot] = not touched
         self.logprobs[slot] = setup.logprobs
-        self.sampled[slot] = 0
+        self.sampled[slot] = len(setup.output_ids)
         self.prompt_lens[slot] = len(setup.prompt_ids)
 
     def rows_of(self, slots: np.ndarray, uniforms: np.ndarray) -> np.ndarray:

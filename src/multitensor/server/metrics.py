@@ -155,7 +155,11 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(name, help_text, value)
         for name, help_text, value in (
             ("multitensor_steps", "Steps of the engine.", stats.steps),
-            ("multitensor_preemptions", "Sequences put back for want of cache blocks.", stats.preemptions),
+            (
+                "multitensor_preemptions",
+                "Sequences put back, for want of cache blocks or for another key.",
+                stats.preemptions,
+            ),
             ("multitensor_rank_restarts", "How often the ranks were started again.", stats.restarts),
             ("multitensor_prefix_query_tokens", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
             ("multitensor_prefix_hit_tokens", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
