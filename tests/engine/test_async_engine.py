@@ -170,6 +170,21 @@ def test_too_many_waiting_are_refused_and_later_let_in() -> None:
     run(test, opener, max_waiting=3, max_waiting_per_key=2)
 
 
+def test_prompts_that_are_asked_at_once_count_as_one_that_waits() -> None:
+    async def test(engine: AsyncEngine, opener: Opener) -> None:
+        first, second = object(), object()
+        streams = [engine.generate([1 + i], LONG, group=first) for i in range(5)]
+        streams += [engine.generate([1 + i], LONG, group=second) for i in range(5)]
+        for group in (None, object()):
+            with pytest.raises(Overloaded, match="2 requests wait"):
+                engine.generate([9], LONG, group=group)
+        streams.append(engine.generate([6], LONG, group=first))
+        for stream in streams:
+            stream.cancel()
+
+    run(test, Opener(seconds=0.01, context=4000, n_blocks=2000, max_num_seqs=1), max_waiting=2)
+
+
 @pytest.mark.parametrize("idle", [False, True])
 def test_a_lost_rank_answers_all_and_is_replaced(idle: bool) -> None:
     async def test(engine: AsyncEngine, opener: Opener) -> None:

@@ -93,6 +93,24 @@ def test_a_changed_limit_counts_at_once() -> None:
     assert limiter.allow(Key("ada", requests_per_minute=5))
 
 
+def test_a_changed_limit_forgives_no_debt() -> None:
+    clock = Clock()
+    limiter = RateLimiter(clock)
+    limiter.charge(Key("ada", tokens_per_minute=300), 900)
+    assert limiter.allow(Key("ada", tokens_per_minute=301)).retry_after > 110
+    clock.now = 120.0
+    assert limiter.allow(Key("ada", tokens_per_minute=301))
+
+
+def test_what_is_given_back_is_there_again_and_no_more_than_that() -> None:
+    limiter = RateLimiter(Clock())
+    key = Key("ada", requests_per_minute=1, tokens_per_minute=10)
+    assert limiter.allow(key) and limiter.allow(key, 10, requests=0) and not limiter.allow(key, requests=0)
+    limiter.charge(key, -10, requests=-1)
+    limiter.charge(key, -10, requests=-1)
+    assert limiter.allow(key, 10) and not limiter.allow(key)
+
+
 def test_requests_at_once_of_a_key_and_of_all() -> None:
     limiter = StreamLimiter(total=3)
     ada, bob = Key("ada", streams=2), Key("bob")
@@ -103,3 +121,12 @@ def test_requests_at_once_of_a_key_and_of_all() -> None:
     limiter.leave(ada)
     assert limiter.active == 2
     assert limiter.enter(ada) and not limiter.enter(ada)
+
+
+def test_answers_at_once_of_a_key() -> None:
+    limiter = StreamLimiter(total=2)
+    ada = Key("ada", streams=4)
+    assert limiter.enter(ada, 3) and not limiter.enter(ada, 2)
+    assert limiter.enter(ada) and limiter.active == 2
+    limiter.leave(ada, 3)
+    assert limiter.enter(ada, 3) and not limiter.enter(Key("bob"))

@@ -131,14 +131,17 @@ class AsyncEngine:
         key: str = "",
         grammar: Any = None,
         prompt: str | None = None,
+        group: object = None,
     ) -> RequestStream:
-        """Queues a request. key: whose it is; keys take turns. grammar: engine.grammar.GrammarSpec.
+        """Queues a request. key: whose it is; keys take turns. grammar: engine.grammar.GrammarSpec. group: the same
+        object for all prompts that one caller asks at once: they count as one that waits, and if the first is admitted,
+        so are the others.
         Raises InputError, Overloaded, or RankFailed while the ranks are being started again, all at once; the stream
         raises RankFailed when a rank dies meanwhile."""
-        self._admit(key)
+        self._admit(key, group)
         ids = self._known.check_prompt(prompt_ids)
         self._known.check_params(params)
-        channel = RequestChannel(key)
+        channel = RequestChannel(key, object() if group is None else group)
         options: dict[str, Any] = {"prompt": prompt, "key": key}
         if grammar is not None:
             options["grammar"] = grammar
@@ -191,13 +194,15 @@ class AsyncEngine:
         if self._thread.engine is None:
             raise RankFailed(self.failure or "the model is not ready")
 
-    def _admit(self, key: str) -> None:
+    def _admit(self, key: str, group: object) -> None:
         self._require_ready()
-        waiting = [channel for channel in self._channels if channel.waiting]
-        if len(waiting) >= self.max_waiting:
-            raise Overloaded(f"{len(waiting)} requests wait already; ask again later")
+        if group is not None and any(channel.group is group for channel in self._channels):
+            return
+        keys = {channel.group: channel.key for channel in self._channels if channel.waiting}
+        if len(keys) >= self.max_waiting:
+            raise Overloaded(f"{len(keys)} requests wait already; ask again later")
         if self.max_waiting_per_key is not None:
-            own = sum(channel.key == key for channel in waiting)
+            own = sum(owner == key for owner in keys.values())
             if own >= self.max_waiting_per_key:
                 raise Overloaded(f"{own} requests of this key wait already; ask again later")
 

@@ -14,8 +14,9 @@ class RequestChannel:
     """One request between two threads. Everything but `request`, `cancelled` and what is said otherwise belongs to the
     event loop. Holds one output at most: what a slow reader has not fetched is merged, so memory does not grow."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, group: object) -> None:
         self.key = key
+        self.group = group  # the same for requests that were admitted as one
         self.request: Request | None = None  # set by the engine's thread when it has taken the request
         self.cancelled = False  # set by the event loop (or a finalizer), read by the engine's thread
         self.ended = False

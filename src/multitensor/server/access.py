@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from fastapi import Request
 from multitensor.errors import MultitensorError, Overloaded, RankFailed
 from multitensor.server.audit import AuditError, AuditLog
 from multitensor.server.auth import AuthError, Key, KeyStore, authenticate
-from multitensor.server.errors import ApiError, HungUp, to_api_error
+from multitensor.server.errors import ApiError, HungUp, bad_request, to_api_error
 from multitensor.server.limits import RateLimiter, StreamLimiter
 from multitensor.server.metrics import Metrics
 from multitensor.server.settings import ServerSettings, is_loopback
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Record:
     """What the audit log and the metrics hear of a request. outcome: how it ended ("stop", "length", "tool_calls",
-    "cancelled", "error ..."). content: question and answer; goes no further than a log that was told to keep it."""
+    "cancelled", "error ..."). content: question and answer; goes no further than a log that was told to keep it.
+    started: when the request had arrived, in seconds of `time.perf_counter`."""
 
     key: Key
     route: str
@@ -36,21 +37,23 @@ class Record:
     completion_tokens: int = 0
     outcome: str = ""
     started: float = field(default_factory=time.perf_counter)
-    last_token: float | None = None
     metrics: Metrics | None = None
+    _last: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
 
-    def count_tokens(self, total: int) -> None:
-        """The answers have `total` tokens by now."""
-        if total <= self.completion_tokens:
+    def count_tokens(self, prompt: int, choice: int, total: int, now: float, began: float | None = None) -> None:
+        """A prompt's choice has `total` tokens at `now`. began: when its prompt's first token was made, if known."""
+        known, last = self._last.get((prompt, choice), (0, began or now))
+        new = total - known
+        if new <= 0:
             return
-        now = time.perf_counter()
         if self.metrics is not None:
-            if self.last_token is None:
+            if not self._last:
                 self.metrics.first_token(now - self.started)
-            else:
-                self.metrics.next_token(now - self.last_token)
-        self.last_token = now
-        self.completion_tokens = total
+            gaps = new if known else new - 1
+            for _ in range(gaps):  # tokens that came together came one after another, as far as anybody knows
+                self.metrics.next_token((now - last) / gaps)
+        self._last[prompt, choice] = total, now
+        self.completion_tokens += new
 
 
 class Access:
@@ -91,21 +94,57 @@ class Access:
         if origin and not is_loopback(_host_name(origin.partition("://")[2])):
             raise ApiError(403, "requests of web pages of other origins are not answered", code="wrong_origin")
 
-    @asynccontextmanager
-    async def admitted(self, record: Record) -> AsyncGenerator[Record, None]:
-        """Around the work for a request: charges it, counts it, and writes its beginning and its end down.
-        Raises ApiError 429, and 503 when the audit log cannot be written."""
-        verdict = self.rates.allow(record.key, record.prompt_tokens)
+    @contextmanager
+    def charged(self, key: Key) -> Iterator[None]:
+        """Around all that is done for a request: it counts against its key's rate, whatever comes of it, unless it is
+        refused for want of room (429, 503). Raises ApiError 429."""
+        self._charge(key, 0, requests=1)
+        try:
+            yield
+        except Exception as error:
+            if _is_refusal(error):
+                self.rates.charge(key, requests=-1)
+            raise
+
+    def _charge(self, key: Key, tokens: int, *, requests: int) -> None:
+        verdict = self.rates.allow(key, tokens, requests=requests)
         if not verdict.allowed:
             self._metrics.request_refused("rate_limit")
             raise ApiError(429, verdict.reason, code="rate_limit_exceeded", headers=verdict.headers)
-        verdict = self.streams.enter(record.key)
+
+    @contextmanager
+    def place(self, key: Key, answers: int = 1) -> Iterator[None]:
+        """Around the making of a prompt, and so many answers to it. Raises ApiError 429, and 400 for more answers than
+        the key can ever have at a time."""
+        if key.streams is not None and answers > key.streams:
+            raise bad_request(f"{answers} answers at once; the API key {key.name} is limited to {key.streams}", "n")
+        verdict = self.streams.enter(key, answers)
         if not verdict.allowed:
             self._metrics.request_refused("streams")
             raise ApiError(429, verdict.reason, code="too_many_streams", headers=verdict.headers)
         try:
+            yield
+        finally:
+            self.streams.leave(key, answers)
+
+    @asynccontextmanager
+    async def admitted(self, record: Record) -> AsyncGenerator[Record, None]:
+        """Around the computing for a request: charges its prompt, and writes its beginning and its end down.
+        Raises ApiError 429, and 503 when the audit log cannot be written."""
+        self._charge(record.key, record.prompt_tokens, requests=0)
+        try:
+            async with self._written_down(record):
+                yield record
+        except Exception as error:
+            if _is_refusal(error):
+                self.rates.charge(record.key, -record.prompt_tokens)
+            raise
+
+    @asynccontextmanager
+    async def _written_down(self, record: Record) -> AsyncGenerator[None, None]:
+        try:
             await self._write("request", record)
-            yield record
+            yield
         except AuditError:
             self._metrics.request_refused("audit")
             raise
@@ -121,8 +160,6 @@ class Access:
             raise
         else:
             await self._end(record)
-        finally:
-            self.streams.leave(record.key)
 
     async def _end(self, record: Record) -> None:
         """An answer whose end cannot be written down is not taken back: its beginning is in the log."""
@@ -155,6 +192,13 @@ def _host_name(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition("/")[0].rpartition(":")[0] or host.partition("/")[0]
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the request was turned away, and may come again."""
+    if isinstance(error, ApiError):
+        return error.status in (429, 503)
+    return isinstance(error, (Overloaded, AuditError, RankFailed))
 
 
 def _name_of(error: Exception) -> str:

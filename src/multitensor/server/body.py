@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TypeVar
 
 from fastapi import Request
@@ -10,6 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from multitensor.server.errors import ApiError
 from multitensor.server.schemas import Body
+from multitensor.server.service import service_of
 
 Model = TypeVar("Model", bound=Body)
 
@@ -29,5 +29,5 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request was complete") from None
     if len(data) > _THREAD_BYTES:
-        return await asyncio.to_thread(model.model_validate_json, data)
+        return await service_of(request).in_thread(request, model.model_validate_json, data)
     return model.model_validate_json(data)

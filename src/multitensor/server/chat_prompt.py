@@ -12,7 +12,7 @@ from multitensor.server.chat_output import OneCall, OutputParser, PlainParser
 from multitensor.server.errors import bad_request
 from multitensor.server.reasoning import ReasoningMarks, ReasoningParser, find_reasoning, reasoning_begun
 from multitensor.server.sampling import grammar_of
-from multitensor.server.schemas import ChatRequest, NamedToolChoice
+from multitensor.server.schemas import ChatRequest, Message, NamedToolChoice
 from multitensor.server.service import Service
 from multitensor.server.tool_formats import (
     find_tool_format,
@@ -38,6 +38,7 @@ class ChatPrompt:
         self._tokenizer: Tokenizer = service.need_tokenizer()
         self._one_call = body.parallel_tool_calls is False
         self._tools = _tools(body)
+        service.check_size(len(body.messages), _characters(body.messages), "messages")
         self.messages = template_messages(body.messages)
         template = find_template(self._tokenizer, with_tools=bool(self._tools))
         self._format = find_tool_format(service.engine.plan.spec.architecture, template)
@@ -103,6 +104,16 @@ class ChatPrompt:
                 "tools",
             )
         return grammar
+
+
+def _characters(messages: Sequence[Message]) -> int:
+    """Of what templates cannot leave out: some drop the reasoning in a model's earlier answers, and trim all."""
+    asked = (message.content for message in messages if message.role != "assistant")
+    return sum(
+        len(content.strip()) if isinstance(content, str) else sum(len((part.text or "").strip()) for part in content)
+        for content in asked
+        if content is not None
+    )
 
 
 def _tools(body: ChatRequest) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,6 @@ class Generation:
         self.outputs: list[RequestOutput | None] = [None] * len(prompts)
         self._engine = service.engine
         self.record = record
-        self._counts = [0] * len(prompts)
         self._params = params
         self._grammar = grammar
         self._streams: list[RequestStream] = []
@@ -43,7 +43,9 @@ class Generation:
         try:
             for ids in self.prompts:
                 self._streams.append(
-                    self._engine.generate(ids, self._params, key=self.record.key.name, grammar=self._grammar)
+                    self._engine.generate(
+                        ids, self._params, key=self.record.key.name, grammar=self._grammar, group=self
+                    )
                 )
             for stream in self._streams:
                 await stream.admitted()
@@ -98,15 +100,16 @@ class Generation:
 
     def _note(self, number: int, output: RequestOutput) -> None:
         self.outputs[number] = output
-        self._counts[number] = sum(len(choice.token_ids) for choice in output.outputs)
-        self.record.count_tokens(sum(self._counts))
+        now, began = time.perf_counter(), output.metrics.first_token_time if output.metrics is not None else None
+        for choice in output.outputs:
+            self.record.count_tokens(number, choice.index, len(choice.token_ids), now, began)
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
         prompt = sum(map(len, self.prompts))
-        completion = sum(self._counts)
+        completion = self.record.completion_tokens
         found = (output.metrics for output in self.outputs if output is not None)
-        cached = sum(getattr(metrics, "cached_tokens", 0) or 0 for metrics in found)
+        cached = sum(metrics.cached_tokens for metrics in found if metrics is not None)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,

@@ -60,8 +60,9 @@ class _Bucket:
 class RateLimiter:
     """Requests and tokens a minute of each key, as token buckets. For any number of threads.
 
-    A prompt is charged when it comes, the tokens made for it when they are known (`charge`). What exceeds a whole
-    minute's limit goes through when the minute is unused, and is then waited for: on average the limit holds.
+    A request is charged when it comes, its prompt when that is known, the tokens made for it afterwards (`charge`).
+    What exceeds a whole minute's limit goes through when the minute is unused, and is then waited for: on average the
+    limit holds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -69,16 +70,16 @@ class RateLimiter:
         self._lock = threading.Lock()
         self._buckets: dict[tuple[str, str], _Bucket] = {}
 
-    def allow(self, key: Key, tokens: int = 0) -> Verdict:
-        """Charges one request with `tokens` prompt tokens, or charges nothing and says why not."""
+    def allow(self, key: Key, tokens: int = 0, *, requests: int = 1) -> Verdict:
+        """Charges so many requests and prompt tokens, or charges nothing and says why not."""
         with self._lock:
             wanted = [
                 (self._bucket(key, kind, limit), kind, limit, amount)
                 for kind, limit, amount in (
-                    ("requests", key.requests_per_minute, 1),
+                    ("requests", key.requests_per_minute, requests),
                     ("tokens", key.tokens_per_minute, max(tokens, 1)),
                 )
-                if limit is not None
+                if limit is not None and amount > 0
             ]
             waits = [(bucket.wait(amount), kind, limit) for bucket, kind, limit, amount in wanted]
             longest, kind, limit = max(waits, default=(0.0, "", 0))
@@ -89,49 +90,55 @@ class RateLimiter:
                 bucket.level -= tokens if kind == "tokens" else amount
             return ALLOWED
 
-    def charge(self, key: Key, tokens: int) -> None:
-        """Takes tokens that were made already."""
-        if key.tokens_per_minute is not None:
-            with self._lock:
-                self._bucket(key, "tokens", key.tokens_per_minute).level -= tokens
+    def charge(self, key: Key, tokens: int = 0, *, requests: int = 0) -> None:
+        """Takes tokens that were made already; what is negative is given back."""
+        charges = (("requests", key.requests_per_minute, requests), ("tokens", key.tokens_per_minute, tokens))
+        with self._lock:
+            for kind, limit, amount in charges:
+                if limit is not None:
+                    self._bucket(key, kind, limit).level -= amount
 
     def _bucket(self, key: Key, kind: str, limit: int) -> _Bucket:
         now = self._clock()
-        bucket = self._buckets.get((key.name, kind))
-        if bucket is None or bucket.capacity != limit:  # new, or the key's limit was changed in the file
-            bucket = self._buckets[key.name, kind] = _Bucket(limit, limit, now)
+        bucket = self._buckets.setdefault((key.name, kind), _Bucket(limit, limit, now))
         bucket.fill(now)
+        bucket.level += limit - bucket.capacity  # the limit may have been changed in the file: what was taken stays so
+        bucket.capacity = limit
         return bucket
 
 
 class StreamLimiter:
-    """Requests under way at the same time: of one key, and of all together. For any number of threads."""
+    """What is under way at the same time: answers of one key, requests of all together. For any number of threads."""
 
     def __init__(self, total: int | None = None) -> None:
         self._total = total
         self._lock = threading.Lock()
-        self._active: Counter[str] = Counter()
+        self._requests = 0
+        self._answers: Counter[str] = Counter()
 
     @property
     def active(self) -> int:
+        """Requests."""
         with self._lock:
-            return self._active.total()
+            return self._requests
 
-    def enter(self, key: Key) -> Verdict:
-        """Counts one in, if there is room; then `leave` must follow."""
+    def enter(self, key: Key, answers: int = 1) -> Verdict:
+        """Counts a request for so many answers in, if there is room; then `leave` must follow."""
         with self._lock:
-            if key.streams is not None and self._active[key.name] >= key.streams:
-                return Verdict(False, f"the API key {key.name} is limited to {key.streams} requests at a time", 1.0)
-            if self._total is not None and self._active.total() >= self._total:
+            if key.streams is not None and self._answers[key.name] + answers > key.streams:
+                return Verdict(False, f"the API key {key.name} is limited to {key.streams} answers at a time", 1.0)
+            if self._total is not None and self._requests >= self._total:
                 return Verdict(False, f"the server answers {self._total} requests already, its limit; try later", 1.0)
-            self._active[key.name] += 1
+            self._requests += 1
+            self._answers[key.name] += answers
             return ALLOWED
 
-    def leave(self, key: Key) -> None:
+    def leave(self, key: Key, answers: int = 1) -> None:
         with self._lock:
-            self._active[key.name] -= 1
-            if self._active[key.name] <= 0:
-                del self._active[key.name]
+            self._requests -= 1
+            self._answers[key.name] -= answers
+            if self._answers[key.name] <= 0:
+                del self._answers[key.name]
 
 
 class BodyLimit:

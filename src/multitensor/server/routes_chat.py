@@ -19,10 +19,10 @@ from multitensor.server.logprobs import chat_logprobs
 from multitensor.server.openapi import json_body
 from multitensor.server.sampling import sampling_params
 from multitensor.server.schemas import ChatRequest
-from multitensor.server.service import Service, authorise, new_id, service_of
+from multitensor.server.service import Service, charge, new_id, service_of
 from multitensor.server.sse import DONE, EventStream, event, until_hang_up
 
-router = APIRouter(tags=["chat"], dependencies=[Depends(authorise)])
+router = APIRouter(tags=["chat"], dependencies=[Depends(charge)])
 
 
 @router.post("/v1/chat/completions", openapi_extra=json_body(ChatRequest))
@@ -34,8 +34,10 @@ async def chat(request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     service.check_model(body.model)
     service.check_ready()
-    answer = await service.in_thread(_Answer, service, body)
-    return await answer.respond(request)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(service.access.place(request.state.key, body.n or 1))
+        answer = await service.in_thread(request, _Answer, service, body)
+        return await answer.respond(request, stack)
 
 
 class _Answer:
@@ -58,25 +60,25 @@ class _Answer:
         if body.service_tier is not None:
             self.head["service_tier"] = "default"
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, stack: AsyncExitStack) -> Response:
+        """stack: left when the answer has ended."""
         content = {"messages": self.prompt.messages, "user": self.body.user}
         record = self.service.record(request, len(self.prompt.ids), content)
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.service.access.admitted(record))
-            generation = Generation(
-                self.service, record, [self.prompt.ids], self.prompt.params(self.params), self.prompt.grammar
-            )
-            if not self.body.stream:
+        await stack.enter_async_context(self.service.access.admitted(record))
+        generation = Generation(
+            self.service, record, [self.prompt.ids], self.prompt.params(self.params), self.prompt.grammar
+        )
+        if not self.body.stream:
 
-                async def whole() -> dict[str, Any]:
-                    async with generation:
-                        return await self._whole(generation)
+            async def whole() -> dict[str, Any]:
+                async with generation:
+                    return await self._whole(generation)
 
-                answer = await until_hang_up(request, whole())
-                return JSONResponse(answer)
-            await until_hang_up(request, _enter(stack, generation))
-            events = self._events(generation, stack.pop_all())
-            return EventStream(events, self.service.settings.ping_seconds)
+            answer = await until_hang_up(request, whole())
+            return JSONResponse(answer)
+        await until_hang_up(request, _enter(stack, generation))
+        events = self._events(generation, stack.pop_all())
+        return EventStream(events, self.service.settings.ping_seconds)
 
     async def _whole(self, generation: Generation) -> dict[str, Any]:
         deltas: list[list[Delta]] = [[] for _ in self.choices]

@@ -18,12 +18,12 @@ from multitensor.server.logprobs import completion_logprobs
 from multitensor.server.openapi import json_body
 from multitensor.server.sampling import grammar_of, sampling_params
 from multitensor.server.schemas import CompletionRequest
-from multitensor.server.service import Service, authorise, new_id, service_of
+from multitensor.server.service import Service, charge, new_id, service_of
 from multitensor.server.sse import DONE, EventStream, event, until_hang_up
 
 DEFAULT_TOKENS = 16  # OpenAI's
 
-router = APIRouter(tags=["text"], dependencies=[Depends(authorise)])
+router = APIRouter(tags=["text"], dependencies=[Depends(charge)])
 
 
 @router.post("/v1/completions", openapi_extra=json_body(CompletionRequest))
@@ -34,8 +34,11 @@ async def completions(request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     service.check_model(body.model)
     service.check_ready()
-    answer = await service.in_thread(_Answer, service, body)
-    return await answer.respond(request)
+    answers = _n_prompts(body.prompt) * max(body.n or 1, body.best_of or 1)
+    async with AsyncExitStack() as stack:
+        stack.enter_context(service.access.place(request.state.key, answers))
+        answer = await service.in_thread(request, _Answer, service, body)
+        return await answer.respond(request, stack)
 
 
 class _Answer:
@@ -82,22 +85,22 @@ class _Answer:
             for text, ids in zip(given if len(given) == len(self.prompts) else self.prompts, self.prompts, strict=True)
         ]
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, stack: AsyncExitStack) -> Response:
+        """stack: left when the answer has ended."""
         record = self.service.record(request, sum(map(len, self.prompts)), {"prompt": self.body.prompt})
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(self.service.access.admitted(record))
-            generation = Generation(self.service, record, self.prompts, self.params, self.grammar)
-            if not self.body.stream:
+        await stack.enter_async_context(self.service.access.admitted(record))
+        generation = Generation(self.service, record, self.prompts, self.params, self.grammar)
+        if not self.body.stream:
 
-                async def whole() -> dict[str, Any]:
-                    async with generation:
-                        return self._whole(generation, await generation.run())
+            async def whole() -> dict[str, Any]:
+                async with generation:
+                    return self._whole(generation, await generation.run())
 
-                answer = await until_hang_up(request, whole())
-                return JSONResponse(answer)
-            await until_hang_up(request, _enter(stack, generation))
-            events = self._events(generation, stack.pop_all())
-            return EventStream(events, self.service.settings.ping_seconds)
+            answer = await until_hang_up(request, whole())
+            return JSONResponse(answer)
+        await until_hang_up(request, _enter(stack, generation))
+        events = self._events(generation, stack.pop_all())
+        return EventStream(events, self.service.settings.ping_seconds)
 
     def _whole(self, generation: Generation, outputs: Sequence[Any]) -> dict[str, Any]:
         choices: list[dict[str, Any]] = []
@@ -161,15 +164,26 @@ def _mean_logprob(choice: CompletionOutput) -> float:
     return (choice.cumulative_logprob or -math.inf) / max(len(choice.token_ids), 1)
 
 
+def _n_prompts(given: str | Sequence[Any]) -> int:
+    return 1 if isinstance(given, str) or isinstance(given[0], int) else len(given)
+
+
 def prompt_ids(service: Service, given: str | Sequence[Any], param: str) -> list[list[int]]:
     """Token ids of each prompt: of a text, of token ids, or of a list of either. Raises ApiError and InputError."""
     prompts: list[list[int]]
+
+    def ids_of(item: str | Sequence[int]) -> list[int]:
+        if not isinstance(item, str):
+            return list(item)
+        service.check_size(1, len(item), param)
+        return service.text_ids(item)
+
     if isinstance(given, str):
-        prompts = [service.text_ids(given)]
+        prompts = [ids_of(given)]
     elif given and isinstance(given[0], int):
         prompts = [[*given]]
     else:
-        prompts = [service.text_ids(item) if isinstance(item, str) else list(item) for item in given]
+        prompts = [ids_of(item) for item in given]
     for ids in prompts:
         if not ids:
             raise bad_request("the prompt is empty, and this model has no token to begin a text with", param)

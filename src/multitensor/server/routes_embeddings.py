@@ -16,13 +16,13 @@ from multitensor.server.errors import bad_request
 from multitensor.server.openapi import json_body
 from multitensor.server.routes_completions import prompt_ids
 from multitensor.server.schemas import EmbeddingRequest
-from multitensor.server.service import authorise, service_of
+from multitensor.server.service import charge, service_of
 from multitensor.server.sse import until_hang_up
 
 if TYPE_CHECKING:
     from multitensor.engine.async_engine import AsyncEngine
 
-router = APIRouter(tags=["embeddings"], dependencies=[Depends(authorise)])
+router = APIRouter(tags=["embeddings"], dependencies=[Depends(charge)])
 
 
 @router.post("/v1/embeddings", openapi_extra=json_body(EmbeddingRequest))
@@ -36,11 +36,12 @@ async def embeddings(request: Request) -> Response:
     size = service.engine.plan.spec.hidden_size
     if body.dimensions is not None and body.dimensions != size:
         raise bad_request(f"this model's embeddings have {size} dimensions, which cannot be changed", "dimensions")
-    prompts = await service.in_thread(prompt_ids, service, body.input, "input")
-    tokens = sum(map(len, prompts))
-    record = service.record(request, tokens, {"input": body.input})
-    async with service.access.admitted(record):
-        vectors = await until_hang_up(request, _all(service.engine, prompts, record.key.name))
+    with service.access.place(request.state.key):
+        prompts = await service.in_thread(request, prompt_ids, service, body.input, "input")
+        tokens = sum(map(len, prompts))
+        record = service.record(request, tokens, {"input": body.input})
+        async with service.access.admitted(record):
+            vectors = await until_hang_up(request, _all(service.engine, prompts, record.key.name))
     as_text = body.encoding_format == "base64"
     data = [
         {"object": "embedding", "index": index, "embedding": _base64(vector) if as_text else vector}

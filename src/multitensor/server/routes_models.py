@@ -67,7 +67,7 @@ async def plan(request: Request, tensors: str = "true") -> Response:
     service = service_of(request)
     if tensors not in ("true", "false"):
         raise ApiError(400, "tensors must be true or false", param="tensors")
-    found = await service.in_thread(service.engine.plan.to_json)
+    found = await service.in_thread(request, service.engine.plan.to_json)
     if tensors == "false":
         del found["tensors"]
     memory = with_ratios(service.engine.plan, service.engine.stats().memory)
@@ -78,11 +78,11 @@ async def plan(request: Request, tensors: str = "true") -> Response:
 async def stats(request: Request) -> Response:
     """Figures of this moment: tokens a second, requests, KV use; each device's share, memory and load."""
     service = service_of(request)
-    return JSONResponse(await service.in_thread(service.metrics.stats_json))
+    return JSONResponse(await service.in_thread(request, service.metrics.stats_json))
 
 
 @router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Figures for Prometheus."""
     service = service_of(request)
-    return Response(await service.in_thread(service.metrics.render), headers={"Content-Type": CONTENT_TYPE})
+    return Response(await service.in_thread(request, service.metrics.render), headers={"Content-Type": CONTENT_TYPE})

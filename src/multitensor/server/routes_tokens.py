@@ -12,9 +12,9 @@ from multitensor.server.chat_messages import template_messages, template_tools
 from multitensor.server.errors import bad_request
 from multitensor.server.openapi import json_body
 from multitensor.server.schemas import DetokenizeRequest, TokenizeRequest
-from multitensor.server.service import Service, authorise, service_of
+from multitensor.server.service import Service, charge, service_of
 
-router = APIRouter(tags=["tokens"], dependencies=[Depends(authorise)])
+router = APIRouter(tags=["tokens"], dependencies=[Depends(charge)])
 
 
 @router.post("/tokenize", openapi_extra=json_body(TokenizeRequest))
@@ -24,7 +24,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
     body = await read_body(request, TokenizeRequest)
     service.check_model(body.model)
     service.check_ready()
-    return await service.in_thread(_tokenize, service, body)
+    with service.access.place(request.state.key):
+        return await service.in_thread(request, _tokenize, service, body)
 
 
 def _tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
@@ -55,7 +56,8 @@ async def detokenize(request: Request) -> dict[str, Any]:
     body = await read_body(request, DetokenizeRequest)
     service.check_model(body.model)
     service.check_ready()
-    return {"prompt": await service.in_thread(_detokenize, service, body)}
+    with service.access.place(request.state.key):
+        return {"prompt": await service.in_thread(request, _detokenize, service, body)}
 
 
 def _detokenize(service: Service, body: DetokenizeRequest) -> str:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 INT64 = 2**63
 MAX_LOGIT_BIAS = 8192
 MAX_STOP = 64
+MAX_PARTS = 1 << 14  # messages, and parts of one: checking a list holds up the whole process
 MAX_STOP_LENGTH = 1000
 
 Integer = Annotated[int, Field(ge=-INT64, lt=INT64)]
@@ -120,7 +121,7 @@ class ToolCall(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
@@ -152,7 +153,7 @@ class NamedToolChoice(Body):
 class ChatRequest(Sampling):
     """POST /v1/chat/completions. chat_template_kwargs (further variables of the model's template) is an extension."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -207,7 +208,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS)] | None = None
     tools: list[Tool] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None

@@ -6,16 +6,17 @@ import asyncio
 import hashlib
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from multitensor.server.access import Access, Record
 from multitensor.server.auth import Key
 from multitensor.server.errors import ApiError, bad_request
 from multitensor.server.metrics import Metrics
+from multitensor.server.prompt_threads import PromptThreads
 from multitensor.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -37,26 +38,32 @@ class Service:
         self.metrics = Metrics(engine)
         self.access = Access(settings, self.metrics)
         self.created = int(time.time())
-        # Tokenizing and templates take milliseconds to seconds: never in the event loop, where all answers flow.
-        self._pool = ThreadPoolExecutor(PROMPT_THREADS, thread_name_prefix="prompt")
+        self._threads = PromptThreads(PROMPT_THREADS)
 
     async def finish(self) -> None:
         """Answers that were cut off get a moment to write down how they ended; then everything is closed."""
         deadline = time.monotonic() + FINISH_SECONDS
         while self.access.streams.active and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._threads.close()
         self.access.close()
 
     def record(self, request: Request, prompt_tokens: int, content: dict[str, Any] | None = None) -> Record:
         """Of a request whose caller is known (see `authorise`)."""
-        key: Key = request.state.key
         return Record(
-            key, request.url.path, self.settings.model_name, prompt_tokens, content or {}, metrics=self.metrics
+            request.state.key,
+            request.url.path,
+            self.settings.model_name,
+            prompt_tokens,
+            content or {},
+            started=request.state.arrived,
+            metrics=self.metrics,
         )
 
-    async def in_thread(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+    async def in_thread(self, request: Request, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Beside the event loop; keys take turns."""
+        key: Key = request.state.key
+        return await self._threads.run(key.name, work, *arguments)
 
     def now(self) -> int:
         return int(time.time())
@@ -112,13 +119,32 @@ class Service:
 
     def check_length(self, ids: list[int], param: str) -> None:
         """OpenAI's code for a prompt that leaves no room, before the engine would refuse it."""
-        context = self.engine.context
-        limit = min(context, self.settings.max_prompt_tokens or context)
-        if len(ids) + 1 > context or len(ids) > limit:
-            message = (
-                f"this model's context is {context} tokens" if limit == context else f"prompts may have {limit} tokens"
-            )
-            raise bad_request(f"{message}, but the prompt has {len(ids)}; shorten it", param, "context_length_exceeded")
+        if len(ids) > self._prompt_limit or len(ids) + 1 > self.engine.context:
+            raise self._too_long(f"{len(ids)}", param)
+
+    def check_size(self, messages: int, characters: int, param: str) -> None:
+        """The same for what must be too long however it is rendered and tokenized, before anybody takes that trouble: a
+        message is one token at least, and a token has so many characters at most."""
+        limit = self._prompt_limit
+        if messages > limit:
+            raise self._too_long(f"{messages} messages", param)
+        if characters > 4 * limit and characters > limit * self._longest_token:
+            raise self._too_long(f"{characters} characters", param)
+
+    @property
+    def _prompt_limit(self) -> int:
+        return min(self.engine.context, self.settings.max_prompt_tokens or self.engine.context)
+
+    @cached_property
+    def _longest_token(self) -> int:
+        """In bytes, which characters are not more than."""
+        tokenizer = self.need_tokenizer()
+        return max(len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size))
+
+    def _too_long(self, size: str, param: str) -> ApiError:
+        context, limit = self.engine.context, self._prompt_limit
+        bound = f"this model's context is {context} tokens" if limit == context else f"prompts may have {limit} tokens"
+        return bad_request(f"{bound}, but the prompt has {size}; shorten it", param, "context_length_exceeded")
 
 
 def service_of(request: Request) -> Service:
@@ -126,10 +152,19 @@ def service_of(request: Request) -> Service:
 
 
 def authorise(request: Request) -> None:
-    """Dependency of every route that is not for everybody: sets request.state.key. Raises ApiError 401, 403."""
+    """Dependency of every route that is not for everybody: sets request.state.key and, as the clock of its latencies,
+    .arrived. Raises ApiError 401, 403."""
+    request.state.arrived = time.perf_counter()
     access = service_of(request).access
     access.check_origin(request)
     request.state.key = access.authenticate(request)
+
+
+async def charge(request: Request, _: None = Depends(authorise)) -> AsyncGenerator[None, None]:
+    """Dependency of every route that works for its caller, before the body is looked at. Raises ApiError 401, 403 and
+    429."""
+    with service_of(request).access.charged(request.state.key):
+        yield
 
 
 def new_id(prefix: str) -> str:
