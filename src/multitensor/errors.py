@@ -37,6 +37,12 @@ class RankFailed(MultitensorError):
 
 
 class Overloaded(MultitensorError):
-    """The engine takes no request now: too many wait, or it is stopping. Ask again later."""
+    """The engine takes no request now: too many wait. Ask again later."""
+
+    exit_code = 1
+
+
+class ShuttingDown(MultitensorError):
+    """The engine is stopping: it takes no more requests, and ends those under way."""
 
     exit_code = 1

@@ -15,7 +15,7 @@ from fake_ranks import FakeExecutor, hidden_state, make_engine, oracle
 from multitensor.engine.async_engine import AsyncEngine
 from multitensor.engine.engine import Engine
 from multitensor.engine.request import RequestOutput, SamplingParams
-from multitensor.errors import InputError, Overloaded, RankFailed
+from multitensor.errors import InputError, Overloaded, RankFailed, ShuttingDown
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 LONG = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
@@ -250,7 +250,7 @@ def test_draining_lets_the_running_finish_and_ends_the_rest() -> None:
         await asyncio.sleep(0.02)
         stopping = asyncio.create_task(engine.stop(drain_seconds=1.0))
         await asyncio.sleep(0.01)
-        with pytest.raises(Overloaded, match="shutting down"):
+        with pytest.raises(ShuttingDown, match="shutting down"):
             engine.generate([1], GREEDY)
         assert (await tasks[0])[-1].finished
         with pytest.raises(RankFailed, match="stopped"):
@@ -258,6 +258,22 @@ def test_draining_lets_the_running_finish_and_ends_the_rest() -> None:
         await stopping
 
     asyncio.run(main())
+
+
+def test_requests_can_be_ended_while_the_ranks_live_on() -> None:
+    async def test(engine: AsyncEngine, opener: Opener) -> None:
+        stream = engine.generate([2], LONG)
+        await anext(stream)
+        embedding = asyncio.create_task(engine.embed([3] * 30000))
+        await asyncio.sleep(0.02)
+        engine.end_requests()
+        for what in (read(stream), embedding):
+            with pytest.raises(ShuttingDown):
+                await what
+        await until(lambda: engine.stats().running == engine.stats().waiting == 0)
+        assert not engine.ready and not engine.given_up and opener.executors[0].closed == 0
+
+    run(test, Opener(seconds=0.005, context=40000, n_blocks=10000))
 
 
 def test_calls_between_steps() -> None:

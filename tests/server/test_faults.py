@@ -184,6 +184,19 @@ def test_only_json_is_read(client: httpx.Client) -> None:
         error_of(client.post(CHAT, content=json.dumps({"messages": MESSAGES}).encode(), headers=headers), 415)
 
 
+def test_a_mistake_of_the_server_is_logged_and_counted_once(
+    client: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(server.app.state.service, "check_model", broken)
+    assert error_of(client.post(CHAT, json={"messages": MESSAGES}), 500)["code"] == "internal_error"
+    assert caplog.text.count("Traceback") == 1 and "a mistake" in caplog.text
+    counted = f'http_requests_total{{route="{CHAT}",status="500"}} 1.0'
+    assert counted in client.get("/metrics").text
+
+
 def test_unknown_paths_and_methods(client: httpx.Client) -> None:
     error_of(client.get("/v1/nothing"), 404)
     error_of(client.get(CHAT), 405)

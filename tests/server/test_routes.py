@@ -317,7 +317,7 @@ def test_a_ranks_death_is_told_and_the_next_request_answered(model: Path) -> Non
         stream = client.chat.completions.create(model="tide", messages=MESSAGES, stream=True)
         next(iter(stream))
         script.fail = True
-        with pytest.raises(openai.APIError, match="failed and is being restarted") as raised:
+        with pytest.raises(openai.APIError, match="rank 0 failed; all ranks are being started again") as raised:
             list(stream)
         assert "secret" not in str(raised.value)
         script.fail = False

@@ -84,14 +84,17 @@ def command(
     max_streams: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.", min=1)] = 512,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body, in MiB.", min=1)] = 16,
-    drain: Annotated[float, typer.Option(help="Seconds that answers get to end after SIGTERM.", min=0)] = 30.0,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that answers get after SIGTERM, before an error ends them.", min=0)
+    ] = 30.0,
     log_format: Annotated[LogFormat, typer.Option(help="How logs on stderr look.")] = LogFormat.TEXT,
     log_level: Annotated[LogLevel, typer.Option(help="info has a line for each request.")] = LogLevel.WARNING,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, a chat page at /, documentation at /docs.
 
     Without --api-keys everybody who can connect may ask; by default that is this machine only. SIGTERM and Ctrl-C let
-    the answers under way end; a second one does not wait.
+    the answers under way end; a second one ends them with an error. Exit code 1: the ranks failed, and could not be
+    started again.
     """
     from multitensor.engine.async_engine import AsyncEngine
     from multitensor.server import logs, run

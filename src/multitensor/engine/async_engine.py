@@ -19,7 +19,7 @@ from multitensor.engine.request import RequestOutput, SamplingParams
 from multitensor.engine.request_state import EmbedRequest, ReadRequest, Request
 from multitensor.engine.request_stream import RequestChannel, RequestStream
 from multitensor.engine.statistics import EngineSnapshot
-from multitensor.errors import Overloaded, RankFailed
+from multitensor.errors import Overloaded, RankFailed, ShuttingDown
 from multitensor.sharding.plan import Plan
 
 STOP_SECONDS = 30.0
@@ -71,6 +71,17 @@ class AsyncEngine:
 
         self._thread.start(tell)
         await opened
+
+    def end_requests(self) -> None:
+        """Takes no more requests, and ends those under way with ShuttingDown; the ranks live on. In the event loop."""
+        self._draining = True
+        error = ShuttingDown("the server is shutting down, before this answer was complete")
+        channels = list(self._channels)
+        for channel in channels:
+            self._cancel(channel)
+        self._fail(channels, error)
+        for future in self._calls:
+            _reject(future, ShuttingDown(str(error)))
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
         """Takes no more requests, gives those under way `drain_seconds`, then ends them (RankFailed) and the ranks."""
@@ -136,8 +147,8 @@ class AsyncEngine:
         """Queues a request. key: whose it is; keys take turns. grammar: engine.grammar.GrammarSpec. group: the same
         object for all prompts that one caller asks at once: they count as one that waits, and if the first is admitted,
         so are the others.
-        Raises InputError, Overloaded, or RankFailed while the ranks are being started again, all at once; the stream
-        raises RankFailed when a rank dies meanwhile."""
+        Raises InputError, Overloaded, ShuttingDown, or RankFailed while the ranks are being started again, all at once;
+        the stream raises RankFailed when a rank dies meanwhile, ShuttingDown after `end_requests`."""
         self._admit(key, group)
         ids = self._known.check_prompt(prompt_ids)
         self._known.check_params(params)
@@ -159,7 +170,7 @@ class AsyncEngine:
 
     async def embed(self, ids: SequenceOf[int], *, key: str = "") -> list[float]:
         """The mean of the text's last hidden states, of length 1; [hidden]. At most max_waiting are queued at once, the
-        others wait here. Raises InputError, Overloaded, RankFailed."""
+        others wait here. Raises InputError, ShuttingDown, RankFailed."""
         async with self._embeds:
             self._require_ready()
             checked = self._known.check_prompt(ids, room=0)
@@ -190,7 +201,7 @@ class AsyncEngine:
 
     def _require_ready(self) -> None:
         if self._draining:
-            raise Overloaded("the server is shutting down; ask again later")
+            raise ShuttingDown("the server is shutting down; ask again later")
         if self._thread.engine is None:
             raise RankFailed(self.failure or "the model is not ready")
 
@@ -239,7 +250,7 @@ class AsyncEngine:
         try:
             self._thread.put(run, lambda error: self._post(_reject, future, error))
             return await future
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ShuttingDown):
             self._thread.put(cancel, lambda error: None)
             raise
         finally:

@@ -113,6 +113,8 @@ class EngineThread:
             attempts = 0 if time.monotonic() - since > STABLE_SECONDS else attempts
             again, attempts = self._reopen(attempts)
             if again is None:
+                if not self._stopping.is_set():
+                    logger.error("the ranks are given up after %d attempts: %s", attempts, self.failure)
                 return
             engine = again
 

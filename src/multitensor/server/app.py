@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from multitensor.errors import ShuttingDown
 from multitensor.server import (
     errors,
     openapi,
@@ -73,7 +75,8 @@ def create_app(engine: AsyncEngine, settings: ServerSettings) -> FastAPI:
 
 
 class _Count:
-    """ASGI middleware: counts requests by route and status, and how long they took."""
+    """ASGI middleware: counts requests by route and status, and how long they took. Whatever no handler answered is
+    answered here, so that it is counted as what it was, and logged once."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -83,17 +86,26 @@ class _Count:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
-        status = errors.CLIENT_CLOSED
+        began = time.perf_counter()
+        status, started = errors.CLIENT_CLOSED, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
             await send(message)
 
         try:
             await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            # Nobody cancels a request's task but uvicorn, for what outlasts the end of the drain.
+            if not started:
+                error = ShuttingDown("the server is shutting down; ask again later")
+                await errors.to_api_error(error).response()(scope, receive, noting)
+        except Exception as error:
+            if started:
+                raise
+            await errors.to_api_error(error).response()(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._service.metrics.request_finished(route, status, time.perf_counter() - started)
+            self._service.metrics.request_finished(route, status, time.perf_counter() - began)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from multitensor.errors import InputError, MultitensorError, Overloaded, RankFailed
+from multitensor.errors import InputError, MultitensorError, Overloaded, RankFailed, ShuttingDown
 from multitensor.server.audit import AuditError
 
 logger = logging.getLogger("multitensor.server")
@@ -71,8 +72,10 @@ def to_api_error(error: BaseException) -> ApiError:
         return bad_request(str(error))
     if isinstance(error, RankFailed):
         logger.error("a rank failed: %s", error)
-        message = "the model's process group failed and is being restarted; try again shortly"
+        message = f"{_ranks(str(error))} failed; all ranks are being started again: try again shortly"
         return ApiError(503, message, code="engine_failed", headers={"Retry-After": "5"})
+    if isinstance(error, ShuttingDown):
+        return ApiError(503, str(error), code="shutting_down", headers={"Retry-After": "5"})
     if isinstance(error, AuditError):
         logger.error("%s", error)
         message = "the audit log cannot be written, and nothing is answered without a record of it"
@@ -83,6 +86,12 @@ def to_api_error(error: BaseException) -> ApiError:
         return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("unexpected error while answering", exc_info=error)
     return ApiError(500, "the server made a mistake; its log has the details", code="internal_error")
+
+
+def _ranks(message: str) -> str:
+    """'rank 1 (cpu:1)' of an engine's message about it, whose rest (signals, paths, last words) is for the log."""
+    named = dict.fromkeys(re.findall(r"\brank \d+(?: \([a-z]+:\d+\))?", message))
+    return ", ".join(named) or "a rank"
 
 
 def _validation(error: ValidationError) -> ApiError:

@@ -15,20 +15,29 @@ from multitensor.sharding.report import with_ratios
 open_router = APIRouter(tags=["state"])
 router = APIRouter(tags=["state"], dependencies=[Depends(authorise)])
 
+_GIVEN_UP = "the ranks failed and could not be started again"
 
-@open_router.get("/health")
-async def health() -> dict[str, str]:
-    """200 as long as the server answers."""
-    return {"status": "ok"}
+
+@open_router.get("/health", responses={503: {"description": "only a new process can help"}})
+async def health(request: Request) -> Response:
+    """200 as long as the server answers, also while ranks are started again; 503 when they could not be, and the
+    process is about to end."""
+    if service_of(request).engine.given_up:
+        return JSONResponse({"status": "failed", "reason": _GIVEN_UP}, 503)
+    return JSONResponse({"status": "ok"})
 
 
 @open_router.get("/ready", responses={503: {"description": "not ready"}})
 async def ready(request: Request) -> Response:
-    """200 when requests are taken; 503 while ranks are started again or the server drains."""
+    """200 when requests are taken; 503 while ranks are started again, when they could not be, and when the server
+    drains."""
     engine = service_of(request).engine
     if engine.ready:
         return JSONResponse({"ready": True})
-    reason = "restarting after a failure" if engine.failure else "not taking requests"
+    if engine.given_up:
+        reason = _GIVEN_UP
+    else:
+        reason = "restarting after a failure" if engine.failure else "not taking requests"
     return JSONResponse({"ready": False, "reason": reason}, 503, headers={"Retry-After": "5"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 import socket
 import ssl
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from multitensor.errors import InputError
+from multitensor.errors import InputError, RankFailed
 from multitensor.server.auth import read_keys
 from multitensor.server.settings import ServerSettings
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 75
+_LAST_WORDS_SECONDS = 2.0  # for sending the error that an answer ends with when the drain is over
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -63,15 +65,16 @@ def check_files(settings: ServerSettings) -> None:
 async def serve(
     engine: AsyncEngine, settings: ServerSettings, sock: socket.socket, started: Callable[[], None]
 ) -> None:
-    """Serves a started engine until SIGINT or SIGTERM, then lets answers under way end within drain_seconds.
-    A second signal does not wait. started: called when requests are taken."""
+    """Serves a started engine until SIGINT or SIGTERM, then lets answers under way end within drain_seconds; what is
+    left then, or at a second signal, is ended with an error that its client sees. started: called when requests are
+    taken. Raises RankFailed when the ranks have failed and cannot be started again: only a new process can help."""
     from multitensor.server.app import create_app
 
     config = uvicorn.Config(
         create_app(engine, settings),
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
-        timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
+        timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _LAST_WORDS_SECONDS),
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         backlog=_BACKLOG,
         log_config=None,
@@ -80,24 +83,43 @@ async def serve(
         ws="none",
         lifespan="on",
     )
-    server = _Server(config, started)
+    server = _Server(config, engine, settings.drain_seconds, started)
     # Making the app takes a moment, and Ctrl-C meanwhile takes effect at the next await: here, with nothing begun, and
     # not within uvicorn's start, which would answer with a traceback.
     await asyncio.sleep(0)
     await server.serve([sock])
+    if engine.given_up:
+        raise RankFailed(f"the ranks failed and could not be started again: {engine.failure}")
 
 
 class _Server(uvicorn.Server):
     """uvicorn's own handling raises the signal again after shutting down, which would end the process before the
     ranks are."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: AsyncEngine, drain_seconds: float, started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._engine = engine
+        self._drain_seconds = drain_seconds
         self._started = started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._started()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second."""
+        self.should_exit = self.should_exit or self._engine.given_up
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's own end of the drain cuts answers off in the middle; the engine's comes before it, as an error."""
+        deadline = asyncio.get_running_loop().call_later(self._drain_seconds, self._engine.end_requests)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            deadline.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -111,5 +133,10 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def _stop(self) -> None:
-        self.force_exit = self.should_exit
+        if self.should_exit:
+            self._engine.end_requests()
+            asyncio.get_running_loop().call_later(_LAST_WORDS_SECONDS, self._force)
         self.should_exit = True
+
+    def _force(self) -> None:
+        self.force_exit = True
