@@ -16,6 +16,8 @@ import openai
 import pytest
 from scripted import HIDDEN, TEXT, Script, Server, eventually, make_model, scripted_server, texts
 
+from multitensor.engine import grammar
+
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
 
@@ -238,6 +240,28 @@ def test_a_grammar_shapes_the_answer(client: openai.OpenAI) -> None:
     wanted: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
     found = client.chat.completions.create(model="tide", messages=MESSAGES, response_format=wanted, n=2)
     assert [json.loads(choice.message.content or "") for choice in found.choices] == [{"a": 1}] * 2
+
+
+def test_a_grammar_that_becomes_too_costly_is_an_error(
+    client: openai.OpenAI, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be followed at first, and no more after some words: half a text is no answer."""
+    monkeypatch.setattr(grammar, "LEXER_STATES", 400)
+    costly: Any = {"type": "regex", "value": r"hello (.*o.{60}|.*w.{61}|.*s.{62})*"}
+    script.text = "hello world, so long as words go on, sow no worse woes than ours"
+    try:
+        asked = {"model": "tide", "max_tokens": 300, "extra_body": {"grammar": costly}}
+        for create, question in (
+            (client.chat.completions.create, {"messages": MESSAGES, **asked}),
+            (client.completions.create, {"prompt": "sea", **asked}),
+        ):
+            with pytest.raises(openai.BadRequestError, match=r"cannot be followed further: [^<]+$"):
+                create(**question)
+            with pytest.raises(openai.APIError, match=r"cannot be followed further: [^<]+$") as raised:
+                list(create(**question, stream=True))
+            assert raised.value.type == "invalid_request_error"
+    finally:
+        script.text = TEXT
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -357,4 +357,4 @@ def _described(spec: GrammarSpec) -> str:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or "unknown reason"
+    return " ".join(str(error).replace("<non-verbose/>", "").split())[:300] or "unknown reason"

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from multitensor.engine.request import RequestOutput, SamplingParams
+from multitensor.engine.request import CompletionOutput, RequestOutput, SamplingParams
+from multitensor.errors import InputError
 from multitensor.server.access import Record
 from multitensor.server.service import Service
 
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 class Generation:
     """The engine's requests for `prompts`, one each. Use it as an async context manager: leaving it cancels what is
-    not finished. Raises what the engine raises at admission (InputError, Overloaded, RankFailed) on entering.
+    not finished. Raises what the engine raises at admission (InputError, Overloaded, RankFailed) on entering, and
+    InputError from `run` and `news` for a grammar that became too costly to follow in the midst of a text.
 
     outputs: the latest of each prompt (None before its first token).
     """
@@ -103,6 +105,8 @@ class Generation:
         now, began = time.perf_counter(), output.metrics.first_token_time if output.metrics is not None else None
         for choice in output.outputs:
             self.record.count_tokens(number, choice.index, len(choice.token_ids), now, began)
+        for choice in output.outputs:
+            _check_end(choice)
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far."""
@@ -116,6 +120,12 @@ class Generation:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _check_end(choice: CompletionOutput) -> None:
+    """A text that was broken off follows its grammar no further: half of it is an error, not an answer."""
+    if choice.finish_reason == "abort" and isinstance(choice.stop_reason, str):
+        raise InputError(choice.stop_reason)
 
 
 async def _next(stream: RequestStream) -> RequestOutput | None:
