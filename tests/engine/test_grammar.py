@@ -17,7 +17,7 @@ from random_schemas import random_schema
 
 from multitensor import LLM, SamplingParams
 from multitensor.engine.batch import SamplingSetup, StepInput, StepOutput
-from multitensor.engine.grammar import MAX_REFERENCES, GrammarCompiler, GrammarSpec, token_words
+from multitensor.engine.grammar import MAX_REFERENCES, GrammarCompiler, GrammarSpec, text_grammar, token_words
 from multitensor.engine.local_executor import LocalExecutor
 from multitensor.engine.prepare import prepare
 from multitensor.engine.request import StructuredOutputsParams
@@ -82,6 +82,9 @@ def follow(compiler: GrammarCompiler, spec: GrammarSpec, text: str) -> tuple[boo
         (GrammarSpec("json_schema", True), ["[1]", '"x"', "null"], ["nul", "x"]),
         (GrammarSpec("lark", 'start: "a" (B | start)\nB: /b+/'), ["ab", "aabb"], ["a", "ba"]),
         (GrammarSpec("gbnf", 'root ::= "x" [0-9]+ ("," root)?'), ["x1", "x12,x3"], ["x", "x1,", "y"]),
+        (GrammarSpec("gbnf", 'root ::= start ":" # start\nstart ::= "start" [start]'), ["starts:"], ["start:", "s:"]),
+        (text_grammar('root ::= start-0 start\nstart ::= "z"\nstart-0 ::= "y"'), ["yz"], ["zy", "zz"]),
+        (text_grammar('start: "z"'), ["z"], ["y"]),
         (GrammarSpec("json_schema", {"const": [1, 2]}, ""), ["[1,2]"], ["[1, 2]"]),
         (StructuredOutputsParams(choice=['é "q"\\', "no\n"]).grammar_spec, ['é "q"\\', "no\n"], ["no", "yes"]),
         (StructuredOutputsParams(grammar='start: "z"').grammar_spec, ["z"], ["y"]),
@@ -166,6 +169,9 @@ def test_token_words() -> None:
         lambda: GrammarSpec("gbnf", 'root ::= "a'),
         lambda: GrammarSpec("gbnf", "root ::= " + "(" * 5000),
         lambda: GrammarSpec("gbnf", 'other ::= "a"'),
+        lambda: GrammarSpec("gbnf", 'start: "a"'),
+        lambda: GrammarSpec("gbnf", "start" + "[" * 200_000),
+        lambda: GrammarSpec("lark", 'start ::= "a"'),
         lambda: GrammarSpec("ebnf", ""),  # type: ignore[arg-type]
         lambda: GrammarSpec("regex", "a" * (1 << 19)),
     ],

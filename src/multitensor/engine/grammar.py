@@ -44,7 +44,9 @@ SLOWEST_MASK = 0.5  # seconds; a grammar that takes longer at its very beginning
 # JSON may have this between its parts. Unlimited, small models write blanks until they are cut off.
 JSON_WHITESPACE = r"[ \t\n\r]{0,32}"
 
-_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:(?!:=))")
+# GBNF: literals, classes of characters and comments (perhaps unclosed) are passed over, so that what remains are names.
+_GBNF_NAME = re.compile(r'(?s)"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|#[^\r\n]*|(?P<name>[\w\-]+)')
 _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
@@ -94,6 +96,11 @@ def choice_grammar(choices: Sequence[str]) -> GrammarSpec:
     if isinstance(choices, str) or not choices or not all(isinstance(text, str) and text for text in choices):
         raise InputError("choice: give a list of texts of at least one character each")
     return GrammarSpec("lark", "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in choices))
+
+
+def text_grammar(text: str) -> GrammarSpec:
+    """A grammar whose notation nobody told: Lark if it has a rule `start:` (or %llguidance), else GBNF."""
+    return GrammarSpec("lark" if _LARK.search(text) else "gbnf", text)
 
 
 class GrammarTokenizer(Protocol):
@@ -319,9 +326,9 @@ def _llguidance(spec: GrammarSpec) -> str:
         return LLMatcher.grammar_from_json_schema(text, defaults=options, overrides={"lenient": False})
     if text.count("::=") > MAX_REFERENCES:
         raise InputError(f"the grammar has more than the {MAX_REFERENCES} rules allowed")
-    if spec.kind == "gbnf" and not _LARK.search(text):
+    if spec.kind == "gbnf":
         try:
-            text = gbnf_to_lark(text)
+            text = gbnf_to_lark(_without_start(text))
         except RecursionError:
             raise InputError("the GBNF grammar is nested too deeply") from None
         except Exception as error:  # of several types, the base class among them
@@ -329,6 +336,15 @@ def _llguidance(spec: GrammarSpec) -> str:
     if sum(":" in line for line in text.splitlines()) > MAX_REFERENCES or _references(text) > MAX_REFERENCES:
         raise InputError(f"the grammar has more than the {MAX_REFERENCES} rules allowed")
     return LLMatcher.grammar_from_lark(text)
+
+
+def _without_start(gbnf: str) -> str:
+    """With another name for a rule that is called `start`, as Lark calls the one that GBNF calls `root`."""
+    names = {match["name"] for match in _GBNF_NAME.finditer(gbnf)}
+    if "start" not in names:
+        return gbnf
+    other = next(name for number in range(len(names)) if (name := f"start-{number}") not in names)
+    return _GBNF_NAME.sub(lambda match: other if match["name"] == "start" else match[0], gbnf)
 
 
 def _checked_schema(text: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from multitensor.engine.grammar import GrammarSpec, choice_grammar
+from multitensor.engine.grammar import GrammarSpec, choice_grammar, text_grammar
 from multitensor.errors import InputError
 
 GREEDY_BELOW = 1e-5  # temperatures under this are greedy, as in vLLM
@@ -57,7 +57,7 @@ class StructuredOutputsParams:
         if self.choice is not None:
             return choice_grammar(self.choice)
         if self.grammar is not None:
-            return GrammarSpec("gbnf", self.grammar)
+            return text_grammar(self.grammar)
         return GrammarSpec("json_object", whitespace=whitespace)
 
 

@@ -58,7 +58,7 @@ def _given(value: Any, default: Any) -> Any:
 
 def grammar_of(body: Sampling) -> GrammarSpec | None:
     """What response_format or grammar asks for. Raises ApiError when both do."""
-    from multitensor.engine.grammar import GrammarSpec
+    from multitensor.engine.grammar import GrammarSpec, text_grammar
 
     wanted = body.response_format if body.response_format and body.response_format.type != "text" else None
     if wanted is not None and body.grammar is not None:
@@ -68,5 +68,5 @@ def grammar_of(body: Sampling) -> GrammarSpec | None:
     if wanted is not None:
         return GrammarSpec("json_object")
     if isinstance(body.grammar, str):
-        return GrammarSpec("gbnf", body.grammar)
+        return text_grammar(body.grammar)
     return GrammarSpec(body.grammar.type, body.grammar.value) if body.grammar is not None else None
