@@ -62,7 +62,7 @@ class _Answer:
 
     async def respond(self, request: Request, stack: AsyncExitStack) -> Response:
         """stack: left when the answer has ended."""
-        content = {"messages": self.prompt.messages, "user": self.body.user}
+        content = {"messages": self.prompt.messages, "user": self.body.user or self.body.safety_identifier}
         record = self.service.record(request, len(self.prompt.ids), content)
         await stack.enter_async_context(self.service.access.admitted(record))
         generation = Generation(

@@ -1,13 +1,14 @@
 """Bodies of requests. Strict types; unknown extra fields are ignored; null stands for "not given", as in OpenAI's API.
 
-Fields of OpenAI's API that this server cannot honour are declared too, so that they are refused instead of ignored.
+Fields of OpenAI's API that this server cannot honour are declared too, so that they are refused instead of ignored;
+so are those that are only hints, which change no answer here.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 INT64 = 2**63
 MAX_LOGIT_BIAS = 8192
@@ -25,6 +26,14 @@ Name = Annotated[str, Field(min_length=1, max_length=128)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Texts = Annotated[list[str], Field(min_length=1, max_length=2048)]
 TextOrIds = str | Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=2048)]
+
+
+def _only_null(value: Any) -> None:
+    if value is not None:
+        raise ValueError("this server does not support it; leave it out")
+
+
+Refused = Annotated[None, BeforeValidator(_only_null)]  # what it asks for is not here
 
 
 class Body(BaseModel):
@@ -103,9 +112,12 @@ class Sampling(Body):
 
 
 class ContentPart(Body):
+    """prompt_cache_breakpoint is a hint: beginnings of prompts are found again without it."""
+
     type: Name
     text: str | None = None
     refusal: str | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
 class CalledFunction(Body):
@@ -127,6 +139,8 @@ class Message(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
+    audio: Refused = None
+    function_call: Refused = None
 
 
 class Function(Body):
@@ -160,20 +174,25 @@ class ChatRequest(Sampling):
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     modalities: list[Literal["text"]] | None = None
     store: Literal[False] | None = None
-    # Refused unless null: what they ask for is not here.
-    audio: None = None
-    functions: None = None
-    function_call: None = None
-    metadata: None = None
-    prediction: None = None
+    # Hints, whose answer would be the same without them.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    audio: Refused = None
+    functions: Refused = None
+    function_call: Refused = None
+    metadata: Refused = None
+    moderation: Refused = None
+    prediction: Refused = None
     verbosity: Literal["medium"] | None = None
-    web_search_options: None = None
+    web_search_options: Refused = None
 
 
 # --- completions ---
