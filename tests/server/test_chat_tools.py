@@ -105,6 +105,43 @@ def test_a_required_call_comes_whatever_the_model_wants(client: openai.OpenAI, s
         assert call.function.arguments.lstrip().startswith("{")
 
 
+def test_a_named_function_is_called_once(client: openai.OpenAI, script: Script) -> None:
+    script.text = BERGEN + "\n" + BERGEN.replace("Bergen", "Oslo")
+    assert len(ask(client, tool_choice="required")[1]) == 2
+    _, calls, reason, _ = ask(client, tool_choice={"type": "function", "function": {"name": "tide"}})
+    assert calls == [("tide", {"city": "Bergen"})] and reason == "tool_calls"
+
+
+def test_a_demanded_call_that_is_cut_off_leaves_no_markup(client: openai.OpenAI, script: Script) -> None:
+    script.text = BERGEN
+    one: Any = {"type": "function", "function": {"name": "tide"}}
+    for limit in (1, 4, 12, 24, 48):
+        for choice in ("required", one):
+            answer = client.chat.completions.create(
+                model="tide", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=limit
+            )
+            assert answer.choices[0].finish_reason == "length" and not answer.choices[0].message.content
+    assert answer.choices[0].message.tool_calls, "the last of them was long enough for a name"
+
+
+def test_only_whole_calls_are_tool_calls(client: openai.OpenAI, script: Script) -> None:
+    """A stop string within a call breaks it off, which nobody should take for a call to be made."""
+    script.text = OSLO + "\n" + BERGEN
+    for settings in ({}, {"tool_choice": "required"}):
+        for stop, reason, count in (("ci", "stop", 1), ("Berg", "stop", 2), ("}\n</", "tool_calls", 1)):
+            answer = client.chat.completions.create(
+                model="tide",
+                messages=MESSAGES,
+                tools=TOOLS,
+                stop=stop,
+                **settings,  # type: ignore[call-overload]
+            )
+            (choice,) = answer.choices
+            assert choice.finish_reason == reason and len(choice.message.tool_calls) == count
+    _, calls, reason, _ = ask(client, parallel_tool_calls=False, stop="Berg")
+    assert calls == [("weather", {"city": "Oslo"})] and reason == "tool_calls", "the one that counts is whole"
+
+
 def test_no_call_where_none_is_wanted(client: openai.OpenAI, script: Script) -> None:
     script.text = OSLO
     content, calls, reason, _ = ask(client, tool_choice="none")

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from multitensor.engine.request import CompletionOutput
+from multitensor.server.tool_parsers import ToolParser
 
 Delta = dict[str, Any]  # a part of an assistant's message: content, reasoning_content or tool_calls
 
 
 class OutputParser(Protocol):
-    """Text in as it comes, deltas out. `called`: whether a tool call came."""
+    """Text in as it comes, deltas out. `called`: whether tool calls came, whole ones."""
 
     @property
     def called(self) -> bool: ...
@@ -34,12 +35,12 @@ class PlainParser:
 class OneCall:
     """Lets no tool call through but the first."""
 
-    def __init__(self, inner: OutputParser) -> None:
+    def __init__(self, inner: ToolParser) -> None:
         self._inner = inner
 
     @property
     def called(self) -> bool:
-        return self._inner.called
+        return self._inner.completed > 0
 
     def push(self, text: str) -> list[Delta]:
         return self._first(self._inner.push(text))
@@ -49,6 +50,26 @@ class OneCall:
 
     def _first(self, deltas: list[Delta]) -> list[Delta]:
         return [delta for delta in deltas if all(call["index"] == 0 for call in delta.get("tool_calls", ()))]
+
+
+class OnlyCalls:
+    """Of an answer that its grammar holds to calls: anything else in it is the beginning of one that was cut off."""
+
+    def __init__(self, inner: OutputParser) -> None:
+        self._inner = inner
+
+    @property
+    def called(self) -> bool:
+        return self._inner.called
+
+    def push(self, text: str) -> list[Delta]:
+        return self._calls(self._inner.push(text))
+
+    def finish(self) -> list[Delta]:
+        return self._calls(self._inner.finish())
+
+    def _calls(self, deltas: list[Delta]) -> list[Delta]:
+        return [delta for delta in deltas if "tool_calls" in delta]
 
 
 class ChatChoice:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from multitensor.engine.request import SamplingParams
 from multitensor.server.chat_messages import template_messages, template_tools
-from multitensor.server.chat_output import OneCall, OutputParser, PlainParser
+from multitensor.server.chat_output import OneCall, OnlyCalls, OutputParser, PlainParser
 from multitensor.server.errors import bad_request
 from multitensor.server.reasoning import ReasoningMarks, ReasoningParser, find_reasoning, reasoning_begun
 from multitensor.server.sampling import grammar_of
@@ -36,7 +36,10 @@ class ChatPrompt:
         from multitensor.formats.chat_template import find_template, render_chat
 
         self._tokenizer: Tokenizer = service.need_tokenizer()
-        self._one_call = body.parallel_tool_calls is False
+        self._named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
+        # A function that is named is wanted once.
+        self._one_call = body.parallel_tool_calls is False or self._named is not None
+        self._demanded = body.tool_choice == "required" or self._named is not None
         self._tools = _tools(body)
         service.check_size(len(body.messages), _characters(body.messages), "messages")
         self.messages = template_messages(body.messages)
@@ -60,7 +63,7 @@ class ChatPrompt:
         self._marks = marks
         self._begun = marks is not None and self._reasoning_begun(marks)
         if self._tools:
-            self.grammar = self._tool_grammar(body)
+            self.grammar = self._tool_grammar()
         if self.grammar is not None:
             service.engine.compile_grammar(self.grammar)
 
@@ -74,9 +77,12 @@ class ChatPrompt:
 
     def parser(self) -> OutputParser:
         """A new one for each answer."""
-        parser: OutputParser = self._format.parser(self._tools) if self._tools else PlainParser()
-        if self._one_call:
-            parser = OneCall(parser)
+        parser: OutputParser = PlainParser()
+        if self._tools:
+            calls = self._format.parser(self._tools)
+            parser = OneCall(calls) if self._one_call else calls
+            if self._demanded:
+                parser = OnlyCalls(parser)
         return ReasoningParser(self._marks, parser, begun=self._begun) if self._marks is not None else parser
 
     def _reasoning_begun(self, marks: ReasoningMarks) -> bool:
@@ -84,14 +90,12 @@ class ChatPrompt:
             "".join(map(self._tokenizer.token_text, self.ids[-_TAIL:])), marks
         )
 
-    def _tool_grammar(self, body: ChatRequest) -> GrammarSpec | None:
-        named = body.tool_choice.function.name if isinstance(body.tool_choice, NamedToolChoice) else None
-        forced = named is not None or body.tool_choice == "required"
+    def _tool_grammar(self) -> GrammarSpec | None:
         grammar = tool_grammar(
             self._format,
             self._tools,
-            choice="required" if forced else "auto",
-            name=named,
+            choice="required" if self._demanded else "auto",
+            name=self._named,
             parallel=not self._one_call,
             token_id=self._tokenizer.token_id,
             reasoning=self._marks,

@@ -40,6 +40,11 @@ class JsonCall:
         return call
 
     @property
+    def complete(self) -> bool:
+        """Whether it is a call whose arguments are all there."""
+        return self.started and not self._in_arguments
+
+    @property
     def index_given(self) -> bool:
         return self.index >= 0
 

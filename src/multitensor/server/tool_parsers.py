@@ -47,12 +47,11 @@ def random_call_id() -> str:
 class ToolParser:
     """Text in, deltas out (`OutputParser`). names: of the tools that the request offers.
 
-    `called`: whether a call has come. Text around calls is content; blanks after a call are not. What looks like a call
-    and is none, is content.
+    `called`: whether calls have come, and none that was cut off. `completed`: how many are whole. Text around calls is
+    content; blanks after a call are not. What looks like a call and is none, is content.
     """
 
     def __init__(self, syntax: ToolSyntax, names: Collection[str], new_id: Callable[[], str] = random_call_id) -> None:
-        self.called = False
         self._syntax = syntax
         self._names = frozenset(names)
         self._new_id = new_id
@@ -60,10 +59,19 @@ class ToolParser:
         self._text = ""  # not decided upon yet
         self._state: Callable[[bool], Iterator[Delta] | None] = self._begin if syntax.bare else self._content
         self._calls = 0
+        self._cut = False  # the text ended in the midst of the last call's arguments
         self._call: JsonCall | None = None
         self._raw = ""  # of the payload so far, should it turn out to be content
         self._marked = False  # the payload has an opening mark: any name is a call
         self._in_list = False
+
+    @property
+    def called(self) -> bool:
+        return self._calls > 0 and not self._cut
+
+    @property
+    def completed(self) -> int:
+        return self._calls - self._cut
 
     def push(self, text: str) -> list[Delta]:
         self._text += text
@@ -205,6 +213,7 @@ class ToolParser:
             return None
         # The text was cut off in the midst of a call: what is there of it has been told, or it is content.
         raw, self._raw, self._call = self._raw, "", None
+        self._cut = call.started and not call.complete
         return self._go(self._content, "" if call.started else raw)
 
     def _named(self, final: bool) -> Iterator[Delta] | None:
@@ -254,7 +263,6 @@ class ToolParser:
         return taken
 
     def _start(self) -> int:
-        self.called = True
         self._calls += 1
         return self._calls - 1
 
