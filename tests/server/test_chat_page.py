@@ -348,6 +348,69 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(page: Any, api: F
     assert answer(page).inner_text() == api.reply.strip()
 
 
+def test_one_answer_at_a_time_in_all_conversations(page: Any, api: FakeApi) -> None:
+    ask(page, "Short one")
+    answer(page)
+    api.reply, api.delay = "slow " * 400, 0.02
+    page.click("#new")
+    ask(page, "Slow one")
+    page.locator(".assistant .body", has_text="slow").wait_for()
+    page.locator("#conversations .open", has_text="Short one").click()
+    page.locator(".message.user").hover()
+    page.get_by_role("button", name="Edit and ask again").click()
+    assert page.locator(".editor").count() == 0 and page.locator("#stop").is_visible()
+    page.locator("#conversations .open", has_text="Slow one").click()
+    assert page.locator(".message.busy").count() == 1
+    shoot(page, "answering")
+    page.press("#input", "Escape")
+    assert answer(page).inner_text().startswith("slow slow")
+    page.wait_for_timeout(300)
+    assert api.hung_up == 1 and len(api.bodies) == 2
+    assert page.locator("#send").is_visible() and not page.locator("#stop").is_visible()
+
+
+def test_an_editor_left_open_starts_no_second_answer(page: Any, api: FakeApi) -> None:
+    ask(page, "First")
+    answer(page)
+    page.locator(".message.user").hover()
+    page.get_by_role("button", name="Edit and ask again").click()
+    page.locator(".editor textarea").wait_for()
+    api.reply, api.delay = "slow " * 60, 0.02
+    editor = page.locator(".editor textarea").element_handle()
+    ask(page, "Second")
+    editor.evaluate("node => node.dispatchEvent(new KeyboardEvent('keydown', {key: 'Enter'}))")
+    answer(page, 1)
+    assert len(api.bodies) == 2 and page.locator(".message").count() == 4
+
+
+def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page: Any, api: FakeApi) -> None:
+    api.reply, api.delay = "slow " * 400, 0.02
+    ask(page, "Slow one")
+    page.locator(".assistant .body", has_text="slow").wait_for()
+    page.locator("#conversations li", has_text="Slow one").hover()
+    page.get_by_role("button", name="Delete Slow one").click()
+    page.locator("#send:visible").wait_for()
+    assert page.locator("#conversations li").count() == 0
+    page.reload()
+    page.locator("#dot.ready").wait_for()
+    assert page.locator("#conversations li").count() == 0
+
+
+def test_numbers_between_the_steps_are_sent(page: Any, api: FakeApi) -> None:
+    page.click("#toggle-settings")
+    given = {"temperature": 0.72, "top_p": 0.955, "min_p": 0.015, "repetition_penalty": 1.13}
+    for name, value in given.items():
+        page.fill(f"#s-{name}", str(value))
+    page.fill("#s-top_k", "1.5")  # tokens are counted
+    invalid = page.locator("#settings [aria-invalid=true]").evaluate_all("nodes => nodes.map((node) => node.id)")
+    assert invalid == ["s-top_k"]
+    shoot(page, "numbers")
+    page.keyboard.press("Escape")
+    ask(page, "Hi")
+    answer(page)
+    assert {name: api.bodies[0].get(name) for name in given} == given and "top_k" not in api.bodies[0]
+
+
 def test_settings_are_sent_and_kept(page: Any, api: FakeApi) -> None:
     page.click("#toggle-settings")
     page.fill("#system", "Be brief.")

@@ -191,13 +191,13 @@ class Page {
   }
 
   edit(node, message) {
-    if (this.answering?.conversation === this.current) return;
+    if (this.answering) return; // one answer at a time, in whatever conversation
     const field = element("textarea");
     field.value = message.content;
     field.setAttribute("aria-label", "Edit the message");
     const done = () => this.drawMessages();
     const save = () => {
-      if (!field.value.trim()) return;
+      if (!field.value.trim() || this.answering) return;
       const at = this.current.messages.indexOf(message);
       this.current.messages.length = at;
       this.ask(field.value);
@@ -290,8 +290,8 @@ class Page {
       const seconds = (performance.now() - first) / 1000;
       if (message.tokens > 1 && seconds > 0.05) message.rate = (message.tokens - 1) / seconds;
     }
-    this.answering = null;
-    this.keep(conversation);
+    if (this.answering === run) this.answering = null;
+    if (this.conversations.includes(conversation)) this.keep(conversation); // else it was deleted meanwhile
     draw();
     this.showBusy();
   }
@@ -333,8 +333,9 @@ class Page {
     for (const name of NUMBERS) {
       const field = $(`s-${name}`);
       const value = field.valueAsNumber;
-      field.setAttribute("aria-invalid", String(!field.checkValidity()));
-      if (Number.isNaN(value) || !field.checkValidity()) delete this.settings[name];
+      const wrong = isWrong(field);
+      field.setAttribute("aria-invalid", String(wrong));
+      if (Number.isNaN(value) || wrong) delete this.settings[name];
       else this.settings[name] = value;
     }
     this.settings.stop = $("s-stop").value;
@@ -476,6 +477,11 @@ class Page {
 /** Enter alone; not the one that ends the composition of a character. */
 function isEnter(event) {
   return event.key === "Enter" && !event.shiftKey && !event.isComposing;
+}
+
+/** Whether a number cannot be used. The step is what the arrows add: only whole numbers must be a multiple of it. */
+function isWrong({ validity, step }) {
+  return validity.badInput || validity.rangeUnderflow || validity.rangeOverflow || (step === "1" && validity.stepMismatch);
 }
 
 function grow(field) {
