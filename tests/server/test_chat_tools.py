@@ -185,6 +185,27 @@ def test_what_does_not_go_together(client: openai.OpenAI, change: dict[str, Any]
     assert raised.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_audit_log_tells_the_ends_that_clients_were_told(tmp_path: Path, stream: bool) -> None:
+    log, script = tmp_path / "audit.jsonl", Script(text=OSLO)
+    with (
+        scripted_server(make_model(tmp_path), script, audit_log=log) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        for question in ({"tools": TOOLS, "n": 2}, {"tools": TOOLS, "stop": "city"}, {"max_tokens": 2}):
+            answer: Any = client.chat.completions.create(
+                model="tide",
+                messages=MESSAGES,
+                stream=stream,
+                **question,  # type: ignore[call-overload]
+            )
+            list(answer)
+        # The first prompt leaves room for three tokens, the second for all.
+        list(client.completions.create(model="tide", prompt=[[1] * 1021, [1]], max_tokens=100, stream=stream))
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["outcome"] for record in records[1::2]] == ["tool_calls", "stop", "length", "length, stop"]
+
+
 def test_reasoning_is_split_off(tmp_path: Path) -> None:
     script = Script(text="<think>\nOslo is cold.\n</think>\n\nIt snows.")
     with scripted_server(make_model(tmp_path, prefix=THINKING), script) as server:

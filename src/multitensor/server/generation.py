@@ -22,7 +22,8 @@ class Generation:
     not finished. Raises what the engine raises at admission (InputError, Overloaded, RankFailed) on entering, and
     InputError from `run` and `news` for a grammar that became too costly to follow in the midst of a text.
 
-    outputs: the latest of each prompt (None before its first token).
+    outputs: the latest of each prompt (None before its first token). told: by index of a choice, the finish reason that
+    its reader was given where that is not the engine's.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Generation:
     ) -> None:
         self.prompts = prompts
         self.outputs: list[RequestOutput | None] = [None] * len(prompts)
+        self.told: dict[int, str] = {}
         self._engine = service.engine
         self.record = record
         self._params = params
@@ -60,7 +62,8 @@ class Generation:
         self.cancel()
         answers = [choice for output in self.outputs if output is not None for choice in output.outputs]
         self.record.content["answers"] = [choice.text or list(choice.token_ids) for choice in answers]
-        self.record.outcome = next((choice.finish_reason for choice in answers if choice.finish_reason), "")
+        reasons = (self.told.get(index) or choice.finish_reason for index, choice in enumerate(answers))
+        self.record.outcome = ", ".join(sorted({reason for reason in reasons if reason}))
 
     def cancel(self) -> None:
         for stream in self._streams:

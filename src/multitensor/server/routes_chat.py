@@ -86,7 +86,7 @@ class _Answer:
         last: RequestOutput | None = None
         async for _, last in generation.news():
             for choice, output in self._news(last):
-                new, reason = choice.take(output)
+                new, reason = self._take(generation, choice, output)
                 deltas[choice.index] += new
                 reasons[choice.index] = reason
         assert last is not None
@@ -100,6 +100,14 @@ class _Answer:
             for choice, output in zip(self.choices, last.outputs, strict=True)
         ]
         return {**self.head, "choices": choices, "usage": generation.usage()}
+
+    def _take(
+        self, generation: Generation, choice: ChatChoice, output: CompletionOutput
+    ) -> tuple[list[Delta], str | None]:
+        deltas, reason = choice.take(output)
+        if reason is not None:
+            generation.told[choice.index] = reason
+        return deltas, reason
 
     def _news(self, output: RequestOutput) -> list[tuple[ChatChoice, CompletionOutput]]:
         pairs = zip(self.choices, output.outputs, strict=True)
@@ -126,7 +134,7 @@ class _Answer:
                 yield chunk(choice.index, {"role": "assistant", "content": ""})
             async for _, output in generation.news():
                 for choice, found in self._news(output):
-                    deltas, reason = choice.take(found)
+                    deltas, reason = self._take(generation, choice, found)
                     logprobs = self._logprobs(choice, found)
                     if logprobs is not None and not deltas:
                         deltas = [{"content": ""}]
