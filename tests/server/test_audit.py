@@ -32,7 +32,7 @@ def test_records_are_chained_and_verified(tmp_path: Path) -> None:
     assert [record["previous"] for record in records] == [GENESIS, *hashes[:-1]]
     assert records[3]["key"] == "ada" and records[3]["prompt_tokens"] == 3
     assert path.stat().st_mode & 0o777 == 0o600
-    assert verify_log(path, head=hashes[2]).records == 5
+    assert verify_log(path, head=hashes[2]).records == verify_log(path, head=f"{hashes[2].upper()} ").records == 5
 
 
 def test_a_log_is_continued(tmp_path: Path) -> None:
@@ -194,6 +194,55 @@ def test_a_file_that_the_kernel_lets_grow_no_further(tmp_path: Path) -> None:
     failed = int(done.stdout)
     assert 0 < failed < 20
     assert verify_log(path).records == 21 - failed
+
+
+def test_what_cannot_be_made_lasting_is_cut_off_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what others have written meanwhile, who are told."""
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path)
+    log.append("end", number=0)
+    ends: dict[int, str] = {}
+    others: list[threading.Thread] = []
+
+    def append(number: int) -> None:
+        try:
+            log.append("end", number=number)
+            ends[number] = "written"
+        except AuditError as error:
+            ends[number] = str(error)
+
+    def broken(file: int) -> None:
+        size = path.stat().st_size
+        others.append(threading.Thread(target=append, args=(2,)))
+        others[0].start()
+        while path.stat().st_size == size:
+            pass
+        monkeypatch.undo()
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fsync", broken)
+    append(1)
+    others[0].join(20)
+    assert "cannot be written" in ends[1] and "taken back" in ends[2]
+    append(3)
+    log.close()
+    assert ends[3] == "written"
+    assert [json.loads(line)["number"] for line in path.read_text().splitlines()] == [0, 3]
+    assert verify_log(path).records == 2
+
+
+def test_content_that_json_cannot_hold_is_written_all_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = AuditLog(path, include_content=True)
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    log.append("end", content={"numbers": [float("inf"), float("nan"), 1.5]})
+    log.append("end", content={"deep": deep})
+    log.close()
+    contents = [json.loads(line)["content"] for line in path.read_text().splitlines()]
+    assert contents[0] == {"numbers": ["Infinity", "NaN", 1.5]} and "deep" not in contents[1]
+    assert verify_log(path).records == 2
 
 
 def test_many_threads_share_syncs_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,6 +280,19 @@ def test_the_audit_log_keeps_content_when_told_to(model: Path, tmp_path: Path) -
     assert response["content"]["messages"] == MESSAGES and response["content"]["answers"] == [TEXT]
 
 
+@pytest.mark.parametrize("arguments", ['{"x": 1e999}', '{"x": NaN}', '{"x": -Infinity}'])
+def test_arguments_that_json_cannot_hold_are_no_mistake_of_the_server(
+    model: Path, tmp_path: Path, arguments: str
+) -> None:
+    path = tmp_path / "audit.jsonl"
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": [call]}, *MESSAGES]
+    with scripted_server(model, audit_log=path, audit_content=True) as server:
+        assert httpx.post(server.url + CHAT, json={"messages": messages}).status_code == 200
+    said = json.loads(path.read_text().splitlines()[0])["content"]["messages"]
+    assert said[1]["tool_calls"][0]["function"]["arguments"] == arguments
+
+
 def test_nothing_is_answered_without_a_record(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scripted_server(model, audit_log=tmp_path / "audit.jsonl") as server:
 

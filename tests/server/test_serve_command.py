@@ -218,6 +218,7 @@ def test_sigterm_lets_answers_end_and_ends_the_ranks(smollm2_path: Path) -> None
         (["--api-keys", "nowhere"], "nowhere"),
         (["--tls-cert", "nowhere", "--tls-key", "nowhere"], "nowhere"),
         (["--tls-cert", "nowhere"], "go together"),
+        (["--audit-content"], "--audit-log"),
         (["--host", "host.invalid"], "host.invalid"),
         (["--parallel", "100000"], "max_num_seqs"),
     ],

@@ -80,7 +80,9 @@ def command(
     audit_log: Annotated[
         Path | None, typer.Option(help="Append who asked, when, how much, to this file.", show_default=False)
     ] = None,
-    audit_content: Annotated[bool, typer.Option("--audit-content", help="Prompts and answers, too.")] = False,
+    audit_content: Annotated[
+        bool, typer.Option("--audit-content", help="Into --audit-log: prompts and answers, too.")
+    ] = False,
     max_streams: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.", min=1)] = 512,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body, in MiB.", min=1)] = 16,

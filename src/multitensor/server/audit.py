@@ -7,6 +7,7 @@ notice that, keep a head (`multitensor audit verify` prints it) elsewhere and pa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -41,6 +42,15 @@ class AuditSummary:
     last_time: str | None
 
 
+@dataclass(frozen=True)
+class _End:
+    """Where a log ends: bytes, records, and the last one's hash."""
+
+    size: int
+    records: int
+    head: str
+
+
 class AuditLog:
     """One writer of one file, for any number of threads. A record is on disk when `append` returns.
 
@@ -56,8 +66,9 @@ class AuditLog:
         self._sync_lock = threading.Lock()
         self._size = 0
         self._records = 0
-        self._synced = 0  # records known to be on disk
         self._head = GENESIS
+        self._synced = _End(0, 0, GENESIS)  # what is known to be on disk
+        self._taken_back = 0  # how often records were cut off again
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -74,23 +85,24 @@ class AuditLog:
 
     def append(self, event: str, content: Mapping[str, Any] | None = None, **fields: Any) -> str:
         """Adds a record {seq, time, event, **fields, previous, hash} and returns its hash. `content` (prompts,
-        answers) is left out unless the log includes content. Raises AuditError, then nothing was added."""
+        answers) is left out unless the log includes content. Raises AuditError, then nothing was added (unless the
+        disk does not even let the file be cut; then it stays in the chain)."""
         record = {**fields, "event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         if self.include_content and content is not None:
-            record["content"] = dict(content)
+            record["content"] = _writable(content)
         with self._write_lock:
             record |= {"seq": self._records, "previous": self._head}
             record["hash"] = record_hash(record)
             self._write(_encode(record) + b"\n")
             self._records += 1
             self._head = record["hash"]
-            number = self._records
-        self._sync(number)
+            number, taken_back = self._records, self._taken_back
+        self._sync(number, taken_back)
         return record["hash"]
 
     def close(self) -> None:
         """Nothing can be appended afterwards."""
-        with self._write_lock, self._sync_lock:
+        with self._sync_lock, self._write_lock:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
@@ -108,17 +120,29 @@ class AuditLog:
             raise _failed(self._path, error) from error
         self._size += len(line)
 
-    def _sync(self, number: int) -> None:
-        """Returns when record `number` (counted from 1) and all before it are on disk."""
+    def _sync(self, number: int, taken_back: int) -> None:
+        """Returns when record `number` (counted from 1) and all before it are on disk. taken_back: as it was when the
+        record was written. Nobody waits for the lock of `_sync` while holding that of `append`."""
         with self._sync_lock:
-            if self._synced >= number or self._file < 0:
+            if self._taken_back != taken_back:
+                raise AuditError(f"{self._path}: the record was taken back, as one before it could not be made lasting")
+            if self._synced.records >= number or self._file < 0:
                 return
-            newest = self._records  # those whose write has ended; fsync covers them too
+            with self._write_lock:
+                newest = _End(self._size, self._records, self._head)  # fsync covers them too
             try:
                 os.fsync(self._file)
             except OSError as error:
+                self._take_back()
                 raise _failed(self._path, error) from error
             self._synced = newest
+
+    def _take_back(self) -> None:
+        """Cuts off all that is not known to be on disk: what it records is refused, to all that wait for it."""
+        with self._write_lock, contextlib.suppress(OSError):
+            os.ftruncate(self._file, self._synced.size)
+            self._size, self._records, self._head = self._synced.size, self._synced.records, self._synced.head
+            self._taken_back += 1
 
     def _open_chain(self) -> None:
         """Takes up the chain where it ends. A last line without its end is what a crash leaves: it is cut off, and a
@@ -129,9 +153,9 @@ class AuditLog:
         if whole:
             record = _decode(whole, f"{self._path}: the last line")
             self._records, self._head = record["seq"] + 1, record["hash"]
-            self._synced = self._records
+        self._size -= len(torn)
+        self._synced = _End(self._size, self._records, self._head)
         if torn:
-            self._size -= len(torn)
             os.ftruncate(self._file, self._size)
             digest = hashlib.sha256(torn).hexdigest()
             self.append("recovered", discarded_bytes=len(torn), discarded_sha256=digest)
@@ -142,6 +166,7 @@ def verify_log(path: str | os.PathLike[str], head: str | None = None) -> AuditSu
 
     Raises CheckFailed, which names the first bad line; InputError for a file that cannot be read.
     """
+    head = None if head is None else head.strip().lower()
     previous, number, seen = GENESIS, 0, head is None or head == GENESIS
     first = last = None
     try:
@@ -174,6 +199,14 @@ def record_hash(record: Mapping[str, Any]) -> str:
 def _encode(record: Mapping[str, Any]) -> bytes:
     # ASCII with escapes, so that lone surrogates in a client's text can be written, and read back to the same bytes.
     return json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+
+
+def _writable(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content as JSON can hold it: a client's NaN and infinities (1e999) become their names."""
+    try:
+        return json.loads(json.dumps(content), parse_constant=str)
+    except (RecursionError, ValueError):
+        return {"left_out": "nested too deeply, or with numbers too long, to be written"}
 
 
 def _decode(line: bytes, where: str) -> dict[str, Any]:

@@ -63,9 +63,15 @@ def _part(part: ContentPart, where: str) -> str:
 
 
 def _arguments(text: str) -> Any:
-    """Templates write arguments as JSON themselves, so they get the object, not its text."""
+    """Templates write arguments as JSON themselves, so they get the object, not its text; the text where it is none,
+    as with NaN, and with 1e999, which JSON has but could not be written again."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refuse)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")

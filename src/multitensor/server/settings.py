@@ -48,6 +48,8 @@ class ServerSettings:
             raise InputError(f"--port must be between 0 and 65535, not {self.port}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise InputError("--tls-cert and --tls-key go together; give both or neither")
+        if self.audit_content and self.audit_log is None:
+            raise InputError("--audit-content needs a log to write to; give --audit-log FILE too")
         for name in ("max_body_bytes", "max_choices", "max_stop", "max_streams", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
