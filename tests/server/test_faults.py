@@ -97,6 +97,32 @@ def test_wrong_values_are_named(client: httpx.Client, change: dict[str, Any], pa
     assert param is None or error["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {"messages": MESSAGES, "stop": ["x"] * 10_000}, "stop: 10000 items; at most 64 are possible"),
+        (CHAT, {"messages": MESSAGES, "stop": [f"q{i}" for i in range(65)]}, "stop: 65 items; at most 64 are possible"),
+        (CHAT, {"messages": MESSAGES, "stop": ["a", 7]}, "stop.1: Input should be a valid string"),
+        (CHAT, {"messages": MESSAGES, "stop": ""}, "stop: String should have at least 1 character"),
+        (CHAT, {"messages": MESSAGES, "stop": 7}, "stop: Input should be a valid string"),
+        (CHAT, {"messages": []}, "messages: 0 items; at least 1 needed"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, "messages.0.content.0.text"),
+        (CHAT, {"messages": MESSAGES, "tools": [], "tool_choice": {"type": "function", "function": {}}},
+         "tool_choice.function.name: Field required"),
+        (CHAT, {"messages": MESSAGES, "grammar": ""}, "grammar: String should have at least 1 character"),
+        ("/v1/embeddings", {"input": []}, "input: 0 items; at least 1 needed"),
+        ("/v1/embeddings", {"input": [[]]}, "input.0: 0 items; at least 1 needed"),
+        ("/v1/completions", {"prompt": ["a"] * 2049}, "prompt: 2049 items; at most 2048 are possible"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt.0: Input should be greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_as_the_user_knows_it(
+    client: httpx.Client, path: str, body: dict[str, Any], message: str
+) -> None:
+    error = error_of(client.post(path, json=body), 400)
+    assert error["message"].startswith(message) and "validation" not in error["message"], error["message"]
+
+
 def test_options_of_a_stream_need_one(client: httpx.Client) -> None:
     body = {"messages": MESSAGES, "stream_options": {"include_usage": True}}
     assert "stream: true" in error_of(client.post(CHAT, json=body), 400)["message"]
@@ -182,6 +208,13 @@ def test_a_body_that_does_not_come(server: Server) -> None:
 def test_only_json_is_read(client: httpx.Client) -> None:
     for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}, {}):
         error_of(client.post(CHAT, content=json.dumps({"messages": MESSAGES}).encode(), headers=headers), 415)
+
+
+def test_packed_bodies_are_not_parsed_as_they_are(client: httpx.Client) -> None:
+    body = json.dumps({"messages": MESSAGES}).encode()
+    error = error_of(client.post(CHAT, content=body, headers={**JSON, "Content-Encoding": "gzip"}), 415)
+    assert "Content-Encoding: gzip" in error["message"]
+    assert client.post(CHAT, content=body, headers={**JSON, "Content-Encoding": "identity"}).status_code == 200
 
 
 def test_a_mistake_of_the_server_is_logged_and_counted_once(

@@ -95,24 +95,40 @@ def _ranks(message: str) -> str:
 
 
 def _validation(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body. A union reports each branch: the longest path got furthest."""
-    details = error.errors(include_url=False, include_context=False, include_input=False)
-    detail = max(details, key=lambda entry: len(_path(entry["loc"])))
+    """The first thing that is wrong with a body. A union reports each branch: what is of a branch's type but wrong
+    tells more than what is of none, and then the longest path got furthest."""
+    details = error.errors(include_url=False, include_input=False)
+    detail = max(details, key=lambda entry: (not _is_mismatch(entry["type"]), len(_path(entry["loc"]))))
     path = _path(detail["loc"])
     param = ".".join(path) or None
     if detail["type"] == "json_invalid":
         return bad_request(f"the request body is not valid JSON: {detail['msg']}")
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = _length(detail["type"], detail.get("ctx", {})) or str(detail["msg"]).removeprefix("Value error, ")
     return bad_request(f"{param}: {message}" if param else message, param=path[0] if path else None)
 
 
+def _is_mismatch(kind: str) -> bool:
+    """Whether a value was of another type than a branch, or none of its words."""
+    return kind.endswith("_type") or kind in ("literal_error", "none_required")
+
+
+def _length(kind: str, context: Mapping[str, Any]) -> str | None:
+    """Of a list that is too long or too short; in words that know of no steps of a validation."""
+    if kind == "too_long":
+        return f"{context['actual_length']} items; at most {context['max_length']} are possible"
+    if kind == "too_short":
+        return f"{context['actual_length']} items; at least {context['min_length']} needed"
+    return None
+
+
 def _path(location: tuple[int | str, ...]) -> list[str]:
-    """The location without pydantic's names of union branches ("str", "list[int]", "ToolFunction")."""
+    """The location without pydantic's names of union branches ("str", "constrained-str", "list[int]", "ToolFunction"),
+    which are no names of fields."""
     branches = ("str", "int", "float", "bool", "none")
     return [
         str(part)
         for part in location
-        if isinstance(part, int) or (part.islower() and "[" not in part and part not in branches)
+        if isinstance(part, int) or (re.fullmatch("[a-z_][a-z0-9_]*", part) and part not in branches)
     ]
 
 

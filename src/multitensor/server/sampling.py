@@ -28,8 +28,6 @@ def sampling_params(
     if n * prompts > settings.max_choices:
         raise bad_request(f"{n * prompts} answers at once; this server writes {settings.max_choices} at most", "n")
     stop = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-    if len(stop) > settings.max_stop:
-        raise bad_request(f"{len(stop)} stop strings; at most {settings.max_stop} are possible", "stop")
     return SamplingParams(
         n=n,
         temperature=_given(body.temperature, 1.0),

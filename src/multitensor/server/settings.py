@@ -15,7 +15,7 @@ class ServerSettings:
     model_digest: SHA-256 of the model's files where known, for the audit log.
     api_keys: file of keys; None: everybody who can connect may ask.
     max_body_bytes: a larger request body is answered with 413. max_choices: largest `n` (times prompts).
-    max_stop: stop strings of one request. max_prompt_tokens: None is "what the context holds".
+    max_prompt_tokens: None is "what the context holds".
     max_streams: requests under way at once, of all callers together; max_waiting: of those, not yet scheduled.
     body_seconds: a body must have arrived by then. ping_seconds: silence on a stream after which a comment is sent.
     send_seconds: a reader that takes nothing for so long is given up. drain_seconds: answers under way get so long to
@@ -34,7 +34,6 @@ class ServerSettings:
     tls_key: Path | None = None
     max_body_bytes: int = 16 << 20
     max_choices: int = 128
-    max_stop: int = 64
     max_prompt_tokens: int | None = None
     max_streams: int = 1024
     max_waiting: int = 512
@@ -50,7 +49,7 @@ class ServerSettings:
             raise InputError("--tls-cert and --tls-key go together; give both or neither")
         if self.audit_content and self.audit_log is None:
             raise InputError("--audit-content needs a log to write to; give --audit-log FILE too")
-        for name in ("max_body_bytes", "max_choices", "max_stop", "max_streams", "max_waiting"):
+        for name in ("max_body_bytes", "max_choices", "max_streams", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
