@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,10 +117,68 @@ def test_an_edited_list_does_not_match_its_digest(folder: Path) -> None:
 
 
 def test_digest_for_the_audit_log(folder: Path) -> None:
-    before = m.model_digest(folder)
-    assert before.startswith("fingerprint:")
+    before, warning = m.model_digest(folder)
+    assert before.startswith("fingerprint:") and warning is None
     (folder / "config.json").write_text("{ }")
-    assert m.model_digest(folder) != before
+    assert m.model_digest(folder)[0] != before
     made = m.make_manifest(folder)
     m.write_manifest(m.manifest_path(folder), made)
-    assert m.model_digest(folder) == f"sha256:{made['digest']}"
+    assert m.model_digest(folder) == (f"sha256:{made['digest']}", None)
+
+
+def _grow(folder: Path) -> None:
+    (folder / "config.json").write_text("{  }")
+
+
+def _lose(folder: Path) -> None:
+    (folder / "sub" / "vocabulary.txt").unlink()
+
+
+def _gain(folder: Path) -> None:
+    (folder / "new.json").write_text("{}")
+
+
+def _spoil(folder: Path) -> None:
+    m.manifest_path(folder).write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_grow, "config.json has 4 bytes, not 2"),
+        (_lose, "vocabulary.txt is missing"),
+        (_gain, "new.json is not in it"),
+        (_spoil, "not JSON"),
+    ],
+)
+def test_a_manifest_that_cannot_be_the_models_gives_no_digest(
+    folder: Path, change: Callable[[Path], None], said: str
+) -> None:
+    m.write_manifest(m.manifest_path(folder), m.make_manifest(folder))
+    change(folder)
+    digest, warning = m.model_digest(folder)
+    assert digest.startswith("fingerprint:") and warning is not None and said in warning
+    assert warning.count("\n") == 0
+
+
+def test_files_behind_linked_folders_are_listed_and_circles_end(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs" / "deep").mkdir(parents=True)
+    (tmp_path / "blobs" / "deep" / "weights.bin").write_bytes(b"1")
+    (folder / "linked").symlink_to(tmp_path / "blobs")
+    (folder / "again").symlink_to(tmp_path / "blobs" / "deep")
+    (folder / "sub" / "circle").symlink_to(folder)
+    (tmp_path / "blobs" / "circle").symlink_to(tmp_path / "blobs")
+    made = m.make_manifest(folder)
+    paths = [entry["path"] for entry in made["files"]]
+    assert [path for path in paths if "weights" in path] == ["again/weights.bin", "linked/deep/weights.bin"]
+    assert len(paths) == 5
+    (tmp_path / "blobs" / "deep" / "weights.bin").write_bytes(b"2")
+    assert len(m.check_manifest(folder, made)) == 2
+
+
+@pytest.mark.parametrize("there", ["private.pem", "public.pem"])
+def test_a_pair_of_keys_is_made_whole_or_not_at_all(tmp_path: Path, there: str) -> None:
+    (tmp_path / there).write_text("mine")
+    with pytest.raises(InputError, match=there):
+        m.make_key_files(tmp_path / "private.pem", tmp_path / "public.pem")
+    assert [path.name for path in tmp_path.iterdir()] == [there] and (tmp_path / there).read_text() == "mine"

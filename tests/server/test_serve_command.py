@@ -234,6 +234,42 @@ def test_wrong_options_are_one_line_and_exit_code_2(tmp_path: Path, arguments: l
     assert found.returncode == 2 and said in found.stderr and found.stderr.count("\n") == 1, found.stderr
 
 
+def test_every_line_is_json_when_asked_for(tmp_path: Path) -> None:
+    """Start-up lines, warnings, and what ends the server; a digest that cannot be the model's is told."""
+    model = make_model(tmp_path)
+    model.with_name(f"{model.name}.manifest.json").write_text("{")
+    audit = ["--audit-log", str(tmp_path / "audit.jsonl")]
+    server = Serving(str(model), "--port", "0", "--host", "0.0.0.0", "--log-format", "json", *audit)
+    try:
+        server.url()
+        assert server.end() == 0
+    finally:
+        server.kill()
+    lines = [json.loads(line) for line in server.stderr.splitlines()]
+    told = [(line["level"], line["message"]) for line in lines]
+    assert [level for level, _ in told] == ["warning", "warning", "info", "info"], told
+    for (_, message), said in zip(told, ["manifest", "everybody", "ready after", "serving at http://"], strict=True):
+        assert said in message
+    found = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "multitensor",
+            "serve",
+            str(tmp_path / "no.gguf"),
+            "--port",
+            "0",
+            "--log-format",
+            "json",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    (line,) = found.stderr.splitlines()
+    assert found.returncode == 2 and json.loads(line)["level"] == "error" and "no.gguf" in line
+
+
 def test_a_port_is_checked_before_the_model_is_looked_at() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Callable
 from enum import StrEnum
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from multitensor.cli import options
-from multitensor.cli.output import loading_bar, warn, warn_of
+from multitensor.cli.output import loading_bar
+from multitensor.errors import MultitensorError
 
 if TYPE_CHECKING:
     import socket
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from multitensor.engine.engine import Engine
     from multitensor.engine.executor import Progress
     from multitensor.server.settings import ServerSettings
+
+
+Say = Callable[..., None]  # a message, and its level if it is more than news
 
 
 class PrefixCache(StrEnum):
@@ -41,6 +46,25 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
+def _errors_as_logs(command: Callable[..., None]) -> Callable[..., None]:
+    """What ends the command is a line like all others where logs are JSON; else `main` tells it."""
+
+    @wraps(command)
+    def checked(**options: Any) -> None:
+        try:
+            command(**options)
+        except MultitensorError as error:
+            if options["log_format"] is not LogFormat.JSON:
+                raise
+            from multitensor.server import logs
+
+            logs.say(LogFormat.JSON.value, " ".join(str(error).split()), logging.ERROR)
+            raise typer.Exit(error.exit_code) from None
+
+    return checked
+
+
+@_errors_as_logs
 def command(
     model: options.Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = (
@@ -103,6 +127,9 @@ def command(
     from multitensor.server.manifest import model_digest
     from multitensor.server.settings import ServerSettings
 
+    say = partial(logs.say, log_format.value)
+    logs.set_up(log_format.value, log_level.value)
+    digest, digest_warning = model_digest(model) if audit_log else ("", None)
     settings = ServerSettings(
         model_name=name or Path(model).name.removesuffix(".gguf"),
         aliases=tuple(alias or ()),
@@ -111,7 +138,7 @@ def command(
         api_keys=api_keys,
         audit_log=audit_log,
         audit_content=audit_content,
-        model_digest=model_digest(model) if audit_log else "",
+        model_digest=digest,
         tls_cert=tls_cert,
         tls_key=tls_key,
         max_body_bytes=max_body_mib << 20,
@@ -119,11 +146,11 @@ def command(
         max_waiting=max_waiting,
         drain_seconds=drain,
     )
-    logs.set_up(log_format.value, log_level.value)
     run.check_files(settings)
     sock, settings = run.bind(settings)
     warnings, open_engine = _opener(
         model,
+        say,
         tensor_parallel_size=tp,
         devices=devices,
         ratio=ratio,
@@ -139,18 +166,20 @@ def command(
         seed=seed,
         prefix_cache=prefix_cache.value,
     )
-    warn_of(warnings)
+    for warning in filter(None, (digest_warning, *warnings)):
+        say(warning, logging.WARNING)
     if not settings.loopback and api_keys is None:
-        warn(f"everybody who reaches {settings.url} may use this server; --api-keys FILE asks for a key")
+        told = f"everybody who reaches {settings.url} may use this server; --api-keys FILE asks for a key"
+        say(told, logging.WARNING)
     import asyncio  # here, as every command imports this file
 
     # One loop for both: the engine belongs to the loop in which it was started.
     with asyncio.Runner() as runner:
         engine = AsyncEngine(open_engine, max_waiting=max_waiting)
-        runner.run(_serve(engine, settings, sock))
+        runner.run(_serve(engine, settings, sock, say))
 
 
-def _opener(model: str, **wishes: Any) -> tuple[tuple[str, ...], Callable[[], Engine]]:
+def _opener(model: str, say: Say, **wishes: Any) -> tuple[tuple[str, ...], Callable[[], Engine]]:
     """What to tell before the model is loaded, and what opens it; the first opening draws the progress bar, later ones
     (ranks that died) draw none."""
     from multitensor.engine.open_engine import engine_opener
@@ -170,14 +199,15 @@ def _opener(model: str, **wishes: Any) -> tuple[tuple[str, ...], Callable[[], En
                 engine = open_engine()
             finally:
                 report[0] = None
-        warn_of([engine.call("reductions")[0]["warning"]])
+        if warning := engine.call("reductions")[0]["warning"]:
+            say(warning, logging.WARNING)
         engine.call("warm_up")  # so that no request waits for what GPUs do when they are first used
         return engine
 
     return open_engine.warnings, opening
 
 
-async def _serve(engine: AsyncEngine, settings: ServerSettings, sock: socket.socket) -> None:
+async def _serve(engine: AsyncEngine, settings: ServerSettings, sock: socket.socket, say: Say) -> None:
     from multitensor.server import run
 
     began = time.perf_counter()
@@ -185,11 +215,8 @@ async def _serve(engine: AsyncEngine, settings: ServerSettings, sock: socket.soc
     def say_where() -> None:
         devices = ", ".join(rank.device.name for rank in engine.plan.ranks)
         seconds = time.perf_counter() - began
-        sys.stderr.write(
-            f"multitensor: {settings.model_name} on {devices}, context {engine.context}, ready after {seconds:.1f} s\n"
-            f"multitensor: serving at {settings.url} (API under /v1, chat at /, documentation at /docs)\n"
-        )
-        sys.stderr.flush()
+        say(f"{settings.model_name} on {devices}, context {engine.context}, ready after {seconds:.1f} s")
+        say(f"serving at {settings.url} (API under /v1, chat at /, documentation at /docs)")
 
     try:
         await engine.start()

@@ -28,6 +28,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+def say(form: Literal["text", "json"], message: str, level: int = logging.INFO) -> None:
+    """A line of the command itself, which no level leaves out: where it serves, what it warns of, why it ended."""
+    if form == "json":
+        record = logging.LogRecord("multitensor.serve", level, __file__, 0, message, None, None)
+        line = JsonFormatter().format(record)
+    else:
+        line = f"multitensor: {'warning: ' if level == logging.WARNING else ''}{message}"
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
 def set_up(form: Literal["text", "json"], level: str) -> None:
     """For the whole process."""
     handler = logging.StreamHandler(sys.stderr)

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -43,16 +43,25 @@ def manifest_path(model: Path) -> Path:
 def model_files(model: Path) -> tuple[Path, list[str]]:
     """(folder, paths within it): all files of a folder but hidden ones and its manifest; of a split GGUF every part."""
     if model.is_dir():
-        names = []
-        for folder, inner, files in os.walk(model):
-            inner[:] = sorted(name for name in inner if not name.startswith("."))
-            names += [(Path(folder) / name).relative_to(model).as_posix() for name in files if not name.startswith(".")]
-        return model, sorted(name for name in names if name != FOLDER_MANIFEST)
+        return model, sorted(name for name in _walk(model, "", ()) if name != FOLDER_MANIFEST)
     split = _SPLIT.fullmatch(model.name)
     if split is None:
         return model.parent, [model.name]
     stem, total = split[1], int(split[2])
     return model.parent, [f"{stem}-{part:05d}-of-{total:05d}.gguf" for part in range(1, total + 1)]
+
+
+def _walk(folder: Path, prefix: str, above: tuple[Path, ...]) -> Iterator[str]:
+    """All files but hidden ones, links to folders followed as a loader would; above: the real folders that lead here,
+    into which a link leads in a circle."""
+    above = (*above, folder.resolve())
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            yield prefix + entry.name
+        elif (inner := Path(entry.path)).resolve() not in above:
+            yield from _walk(inner, f"{prefix}{entry.name}/", above)
 
 
 def make_manifest(model: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
@@ -102,16 +111,41 @@ def files_digest(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256(_canonical(files)).hexdigest()
 
 
-def model_digest(model: str | os.PathLike[str]) -> str:
-    """What an audit log may call the model: "sha256:..." of its manifest where one lies beside it; else
-    "fingerprint:...", over names, sizes, and each file's first and last MiB, which takes no time. Neither reads all
-    the weights: `check_manifest` does."""
+def model_digest(model: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """What an audit log may call the model, and a warning if a manifest lies beside it that cannot be its: "sha256:..."
+    of the manifest where one lists files of these names and sizes; else "fingerprint:...", over names, sizes, and each
+    file's first and last MiB, which takes no time. Neither reads all the weights: `check_manifest` does."""
     path = Path(model)
+    source = manifest_path(path)
+    fingerprint = _fingerprint(*model_files(path))
+    if not source.exists():
+        return fingerprint, None
     try:
-        return f"sha256:{read_manifest(manifest_path(path))['digest']}"
-    except InputError:
-        pass
-    folder, names = model_files(path)
+        manifest = read_manifest(source)
+        difference = _size_difference(path, manifest["files"])
+    except InputError as error:
+        difference = str(error)
+    if difference is None:
+        return f"sha256:{manifest['digest']}", None
+    told = f"{source} is not this model's ({difference}), so the audit log names it by a fingerprint instead"
+    return fingerprint, f"{told}; see `multitensor manifest check`"
+
+
+def _size_difference(model: Path, files: list[dict[str, Any]]) -> str | None:
+    """The first file that is missing, new, or of another size than the manifest's."""
+    folder, present = model_files(model)
+    listed = {entry["path"]: entry["bytes"] for entry in files}
+    for name in sorted(listed.keys() | set(present)):
+        if name not in listed:
+            return f"{name} is not in it"
+        if name not in present or not (folder / name).is_file():
+            return f"{name} is missing"
+        if (size := (folder / name).stat().st_size) != listed[name]:
+            return f"{name} has {size} bytes, not {listed[name]}"
+    return None
+
+
+def _fingerprint(folder: Path, names: list[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         try:
@@ -170,19 +204,24 @@ def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def make_key_files(private: Path, public: Path) -> None:
-    """A new Ed25519 pair as PEM files; the private one mode 0600. Raises InputError rather than replace a file."""
+    """A new Ed25519 pair as PEM files, both or neither; the private one mode 0600. Raises InputError rather than
+    replace a file."""
     key = Ed25519PrivateKey.generate()
     pems = (
         (private, 0o600, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())),
         (public, 0o644, key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)),
     )
+    made: list[Path] = []
     for path, mode, pem in pems:
         try:
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            made.append(path)
+            with os.fdopen(handle, "wb") as file:
+                file.write(pem)
         except OSError as error:
+            for each in made:
+                each.unlink(missing_ok=True)
             raise InputError(f"{path}: cannot make this file: {error.strerror}") from error
-        with os.fdopen(handle, "wb") as file:
-            file.write(pem)
 
 
 def read_private_key(path: Path) -> Ed25519PrivateKey:
