@@ -5,6 +5,8 @@ from __future__ import annotations
 import hmac
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,40 @@ def test_a_file_that_everybody_may_write_is_refused(tmp_path: Path) -> None:
     os.chmod(path, 0o666)
     with pytest.raises(InputError, match="chmod 600"):
         KeyStore.load(path)
+
+
+_ADD = """
+import sys
+from pathlib import Path
+from multitensor.server.auth import add_key, new_key, revoke_key
+path, name = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+for turn in range(12):
+    add_key(path, new_key(f"{name}-{turn}")[0])
+revoke_key(path, f"old-{name}")
+"""
+
+
+def test_keys_that_are_added_and_revoked_at_the_same_time_are_not_lost(tmp_path: Path) -> None:
+    """By several processes."""
+    path = tmp_path / "keys"
+    names = ["ann", "bob", "eve"]
+    for name in names:
+        _add(path, f"old-{name}")
+    command = [sys.executable, "-c", _ADD, str(path)]
+    pipe = subprocess.PIPE
+    processes = [subprocess.Popen([*command, name], stdin=pipe, stdout=pipe, text=True) for name in names]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate(timeout=30)
+    assert [process.returncode for process in processes] == [0] * len(names)
+    assert {key.name for key in auth.read_keys(path)} == {f"{name}-{turn}" for name in names for turn in range(12)}
 
 
 def test_names_are_unique_and_comments_survive(tmp_path: Path) -> None:

@@ -71,12 +71,19 @@ class Serving:
 
 @pytest.fixture(scope="module")
 def serving(smollm2_path: Path) -> Iterator[Serving]:
-    server = Serving(str(smollm2_path), "--devices", "cpu:2", "--port", "0", "--ctx", "1024", "--name", "smollm2")
+    limits = "--ctx", "1024", "--max-prompt-tokens", "1010"
+    server = Serving(str(smollm2_path), "--devices", "cpu:2", "--port", "0", "--name", "smollm2", *limits)
     try:
         server.url()
         yield server
     finally:
         server.kill()
+
+
+def test_prompts_are_no_longer_than_they_may_be(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="prompts may have 1010 tokens") as refused:
+        client.completions.create(model="smollm2", prompt=[1] * 1011, max_tokens=1)
+    assert refused.value.code == "context_length_exceeded"
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ def add(
         int | None, typer.Option(help="Prompt and answer together. Default: no limit.", show_default=False)
     ] = None,
     streams: Annotated[
-        int | None, typer.Option(help="Requests at a time. Default: no limit.", show_default=False)
+        int | None,
+        typer.Option(help="Answers at a time: n times prompts of all requests. Default: no limit.", show_default=False),
     ] = None,
 ) -> None:
     """Make a key and print it: this is the only time it can be seen. A running server takes it at once."""

@@ -109,6 +109,10 @@ def command(
     ] = False,
     max_streams: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 1024,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused.", min=1)] = 512,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longest prompt. Default: what the context holds.", min=1, show_default=False),
+    ] = None,
     max_body_mib: Annotated[int, typer.Option(help="Largest request body, in MiB.", min=1)] = 16,
     drain: Annotated[
         float, typer.Option(help="Seconds that answers get after SIGTERM, before an error ends them.", min=0)
@@ -142,6 +146,7 @@ def command(
         tls_cert=tls_cert,
         tls_key=tls_key,
         max_body_bytes=max_body_mib << 20,
+        max_prompt_tokens=max_prompt_tokens,
         max_streams=max_streams,
         max_waiting=max_waiting,
         drain_seconds=drain,

@@ -9,6 +9,8 @@ Keys are 256 random bits made by `new_key`, so a fast hash is enough: nothing ca
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import hmac
 import logging
@@ -18,7 +20,7 @@ import secrets
 import stat
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,19 +164,40 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 def add_key(path: Path, key: Key) -> None:
     """Appends a key, making the file (mode 0600) if need be. Raises InputError when the name is taken."""
-    lines = _lines(path) if path.exists() else ["# API keys of multitensor: NAME sha256:HEX [limits]"]
-    if path.exists() and any(known.name == key.name for known in read_keys(path)):
-        raise InputError(f"{path}: a key named {key.name} exists; revoke it first or take another name")
-    _write(path, [*lines, key.to_line()])
+    with _locked(path):
+        lines = _lines(path) if path.exists() else ["# API keys of multitensor: NAME sha256:HEX [limits]"]
+        if path.exists() and any(known.name == key.name for known in read_keys(path)):
+            raise InputError(f"{path}: a key named {key.name} exists; revoke it first or take another name")
+        _write(path, [*lines, key.to_line()])
 
 
 def revoke_key(path: Path, name: str) -> None:
     """Removes a key's line; servers that use the file refuse it from their next request on."""
-    lines = _lines(path)
-    kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
-    if len(kept) == len(lines):
-        raise InputError(f"{path}: no key is named {name}; see `multitensor keys list {path}`")
-    _write(path, kept)
+    with _locked(path):
+        lines = _lines(path)
+        kept = [line for line in lines if line.partition("#")[0].split()[:1] != [name]]
+        if len(kept) == len(lines):
+            raise InputError(f"{path}: no key is named {name}; see `multitensor keys list {path}`")
+        _write(path, kept)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Around reading and writing anew, one process at a time. The lock is on a file beside it, which stays: the file of
+    keys itself is another one after each change."""
+    try:
+        handle = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise InputError(f"{path}: cannot lock it with a file beside it: {error.strerror}") from error
+    try:
+        if path.exists():  # so that whoever owns the keys can change them after root has
+            owner = path.stat()
+            with contextlib.suppress(PermissionError):
+                os.fchown(handle, owner.st_uid, owner.st_gid)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _parse(path: Path) -> tuple[list[Key], list[str]]:
