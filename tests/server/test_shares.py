@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from scripted import Script, eventually, make_model, scripted_server
 
 from multitensor.server import chat_prompt, routes_tokens
 from multitensor.server.auth import add_key, new_key
-from multitensor.server.schemas import ContentPart, Message
+from multitensor.server.schemas import ChatRequest, ContentPart, Message
 from multitensor.server.service import Service
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
@@ -88,6 +90,27 @@ def test_what_cannot_fit_is_refused_before_it_is_made_a_prompt(
         assert texts in ([], ["hi"])
         too_many = client.post(CHAT, json={"messages": MESSAGES * 20_000})
         assert too_many.status_code == 400 and "16384" in too_many.json()["error"]["message"]
+
+
+def test_small_requests_do_not_wait_behind_large_bodies(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    check = ChatRequest.model_validate_json
+    monkeypatch.setattr(
+        ChatRequest, "model_validate_json", lambda data: (len(data) < 300_000 or gate.wait(20)) and check(data)
+    )
+    large = {"messages": [{"role": "user", "content": "x" * 300_000}]}
+    with (
+        scripted_server(model) as server,
+        httpx.Client(base_url=server.url, timeout=20) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+        answers = [pool.submit(httpx.post, server.url + CHAT, json=large, timeout=30) for _ in range(8)]
+        service: Service = server.app.state.service
+        assert eventually(lambda: len(service._large_bodies._waiting) == 7)
+        assert client.post(CHAT, json={"messages": MESSAGES}).status_code == 200
+        assert not any(answer.done() for answer in answers)
+        gate.set()
+        assert {answer.result().status_code for answer in answers} == {400}
 
 
 def test_what_templates_may_leave_out_is_no_length() -> None:

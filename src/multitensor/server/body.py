@@ -32,5 +32,5 @@ async def read_body(request: Request, model: type[Model]) -> Model:
     except ClientDisconnect:
         raise ApiError(400, "the client left before its request was complete") from None
     if len(data) > _THREAD_BYTES:
-        return await service_of(request).in_thread(request, model.model_validate_json, data)
+        return await service_of(request).check_large(request, model.model_validate_json, data)
     return model.model_validate_json(data)

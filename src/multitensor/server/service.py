@@ -39,6 +39,8 @@ class Service:
         self.access = Access(settings, self.metrics)
         self.created = int(time.time())
         self._threads = PromptThreads(PROMPT_THREADS)
+        # A lane of their own, one at a time: checking one holds up every thread of this process meanwhile.
+        self._large_bodies = PromptThreads(1)
 
     async def finish(self) -> None:
         """Answers that were cut off get a moment to write down how they ended; then everything is closed."""
@@ -46,6 +48,7 @@ class Service:
         while self.access.streams.active and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._threads.close()
+        self._large_bodies.close()
         self.access.close()
 
     def record(self, request: Request, prompt_tokens: int, content: dict[str, Any] | None = None) -> Record:
@@ -64,6 +67,11 @@ class Service:
         """Beside the event loop; keys take turns."""
         key: Key = request.state.key
         return await self._threads.run(key.name, work, *arguments)
+
+    async def check_large(self, request: Request, check: Callable[[bytes], Result], body: bytes) -> Result:
+        """The same for a body that takes its time to be checked; who sends small ones does not wait behind it."""
+        key: Key = request.state.key
+        return await self._large_bodies.run(key.name, check, body)
 
     def now(self) -> int:
         return int(time.time())
