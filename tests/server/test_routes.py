@@ -17,6 +17,8 @@ import pytest
 from scripted import HIDDEN, TEXT, Script, Server, eventually, make_model, scripted_server, texts
 
 from multitensor.engine import grammar
+from multitensor.engine.request import CompletionOutput
+from multitensor.server.routes_completions import _mean_logprob
 
 MESSAGES: Any = [{"role": "user", "content": "hi"}]
 
@@ -212,6 +214,31 @@ def test_log_probabilities_of_a_completion(client: openai.OpenAI) -> None:
     assert found is not None and found.tokens == ["T", "he", " ", "t"]
     assert found.token_logprobs == [-0.5] * 4 and found.text_offset == [0, 1, 3, 4]
     assert found.top_logprobs is not None and all(len(best) == 2 for best in found.top_logprobs)
+
+
+def test_offsets_are_those_of_the_text_streamed_or_not(client: openai.OpenAI, script: Script) -> None:
+    """Also where a stop string holds text back, and where tokens are parts of a character."""
+    script.text = "Sea \u6d77\U0001f30a com co come on."
+    question: Any = {"model": "tide", "prompt": "a", "logprobs": 1, "max_tokens": 60, "stop": ["comet", "co-"]}
+    try:
+        whole = client.completions.create(**question).choices[0]
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**question, stream=True)]
+    finally:
+        script.text = TEXT
+    assert whole.text == "Sea \u6d77\U0001f30a com co come on." and whole.logprobs is not None
+    data, offsets = b"", []
+    for token in whole.logprobs.tokens or ():
+        offsets.append(len(data.decode(errors="ignore")))
+        data += bytes.fromhex(token[6:].replace("\\x", "")) if token.startswith("bytes:") else token.encode()
+    assert any(token.startswith("bytes:") for token in whole.logprobs.tokens or ()), "characters were split"
+    assert whole.logprobs.text_offset == offsets
+    streamed = [offset for choice in chunks if choice.logprobs for offset in choice.logprobs.text_offset or ()]
+    assert "".join(choice.text for choice in chunks) == whole.text and streamed == offsets
+
+
+def test_the_best_answer_may_be_a_certain_one() -> None:
+    certain, likely = (CompletionOutput(0, "", [1], cumulative_logprob=total) for total in (0.0, -0.1))
+    assert max(likely, certain, key=_mean_logprob) is certain
 
 
 # --- the rest ---

@@ -24,23 +24,33 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
+class TextOffsets:
+    """Where in an answer's text its tokens begin, in characters, whatever of the text is held back for a stop string. A
+    token that goes on with a character begins where that does; control tokens that are not shown take no place."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, skip_special: bool) -> None:
+        self._stream = tokenizer.stream(skip_special=skip_special, continuation=True) if tokenizer else None
+        self._length = 0
+
+    def next(self, token: int) -> int:
+        """Of the answer's next token."""
+        offset = self._length
+        self._length += len(_text(None, token) if self._stream is None else self._stream.push(token))
+        return offset
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer | None, ids: Sequence[int], positions: Sequence[Position], top: int, offset: int
+    tokenizer: Tokenizer | None, ids: Sequence[int], positions: Sequence[Position], top: int, offsets: TextOffsets
 ) -> dict[str, Any]:
-    """Parallel lists. offset: characters of text before the first of these tokens."""
-    tokens = [_text(tokenizer, token) for token in ids]
-    offsets = []
-    for text in tokens:
-        offsets.append(offset)
-        offset += len(text)
+    """Parallel lists. offsets: has heard of the tokens before these."""
     return {
-        "tokens": tokens,
+        "tokens": [_text(tokenizer, token) for token in ids],
         "token_logprobs": [_finite(position[token].logprob) for token, position in zip(ids, positions, strict=True)],
         "top_logprobs": [
             {_text(tokenizer, other): _finite(found.logprob) for other, found in _best(position, top)}
             for position in positions
         ],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(token) for token in ids],
     }
 
 

@@ -14,7 +14,7 @@ from multitensor.engine.request import CompletionOutput
 from multitensor.server.body import read_body
 from multitensor.server.errors import bad_request
 from multitensor.server.generation import Generation
-from multitensor.server.logprobs import completion_logprobs
+from multitensor.server.logprobs import TextOffsets, completion_logprobs
 from multitensor.server.openapi import json_body
 from multitensor.server.sampling import grammar_of, sampling_params
 from multitensor.server.schemas import CompletionRequest
@@ -64,6 +64,7 @@ class _Answer:
         if self.grammar is not None:
             service.engine.compile_grammar(self.grammar)
         self.echoes = self._echoes()
+        self.offsets: dict[int, TextOffsets] = {}  # by index of the choice
         self.head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -120,8 +121,9 @@ class _Answer:
         if self.body.logprobs is not None and choice.logprobs is not None:
             tokenizer = self.service.engine.tokenizer
             ids, positions = choice.token_ids[first:], choice.logprobs[first:]
-            offset = len(choice.text) - len(choice.delta) if first else 0  # what was sent before
-            logprobs = completion_logprobs(tokenizer, ids, positions, self.body.logprobs, offset)
+            if index not in self.offsets:
+                self.offsets[index] = TextOffsets(tokenizer, skip_special=self.params.skip_special_tokens)
+            logprobs = completion_logprobs(tokenizer, ids, positions, self.body.logprobs, self.offsets[index])
         found = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         if self.service.engine.tokenizer is None:
             found["token_ids"] = choice.token_ids[first:]
@@ -161,7 +163,8 @@ def _check(body: CompletionRequest, n: int, best_of: int) -> None:
 
 
 def _mean_logprob(choice: CompletionOutput) -> float:
-    return (choice.cumulative_logprob or -math.inf) / max(len(choice.token_ids), 1)
+    total = choice.cumulative_logprob
+    return -math.inf if total is None else total / max(len(choice.token_ids), 1)
 
 
 def _n_prompts(given: str | Sequence[Any]) -> int:
