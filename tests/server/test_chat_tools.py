@@ -206,6 +206,15 @@ def test_the_audit_log_tells_the_ends_that_clients_were_told(tmp_path: Path, str
     assert [record["outcome"] for record in records[1::2]] == ["tool_calls", "stop", "length", "length, stop"]
 
 
+def test_a_bad_schema_is_told_with_its_tool(client: openai.OpenAI) -> None:
+    odd = {"type": "object", "properties": {"when": {"type": "date"}}}
+    tools: Any = [*TOOLS, {"type": "function", "function": {"name": "book", "parameters": odd, "strict": True}}]
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.chat.completions.create(model="tide", messages=MESSAGES, tools=tools, tool_choice="required")
+    message = "the parameters of the tool book are not supported: Invalid type: date"
+    assert raised.value.body["message"] == message  # type: ignore[index]
+
+
 def test_reasoning_is_split_off(tmp_path: Path) -> None:
     script = Script(text="<think>\nOslo is cold.\n</think>\n\nIt snows.")
     with scripted_server(make_model(tmp_path, prefix=THINKING), script) as server:

@@ -22,6 +22,7 @@ from multitensor.server.tool_formats import (
     ToolFormat,
     find_tool_format,
     knows_tools,
+    schema_error,
     tool_grammar,
     with_tool_instructions,
 )
@@ -159,6 +160,36 @@ def test_schemas_beyond_the_grammar_are_refused_only_when_strict(compiler: Gramm
                 compiler.compile(spec)
         else:
             compiler.compile(spec)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"a": {"not": {"type": "null"}}}, 'Unimplemented keys: ["not"]'),
+        ({"a": {"type": "text"}}, "Invalid type: text"),
+        ({"a": {"$ref": "#/x"}}, "Pointer '/x' does not exist"),
+        ({"a": {"type": "string", "pattern": "(?=9 | start: b"}}, "regex parse error: (?=9"),
+    ],
+)
+def test_the_tool_with_a_bad_schema_is_named(compiler: GrammarCompiler, wrong: dict[str, Any], reason: str) -> None:
+    parameters = {"type": "object", "properties": wrong}
+    tool = {"type": "function", "function": {"name": "f.g-h", "parameters": parameters, "strict": True}}
+    for form in FORMATS.values():
+        for tools, name in (([ADD, tool, NOW], None), ([tool], None), ([NOW, ADD, tool], "f.g-h")):
+            spec = tool_grammar(form, tools, name=name)
+            assert spec is not None
+            with pytest.raises(InputError) as raised:
+                compiler.compile(spec)
+            text = str(schema_error(spec, raised.value))
+            assert text.startswith("the parameters of the tool f.g-h are not supported: ") and reason in text
+            assert "%json" not in text and "x-guidance" not in text and "arguments_" not in text
+
+
+def test_errors_about_no_schema_stay_as_they_are() -> None:
+    spec = GrammarSpec("lark", "start: a")
+    for text in ("it takes too long", "at 1(8): unknown name: a", "at 9(1): failed to compile JSON schema: x"):
+        error = InputError(text)
+        assert schema_error(spec, error) is error
 
 
 def test_a_tool_that_is_not_there_cannot_be_chosen() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from multitensor.engine.request import SamplingParams
+from multitensor.errors import InputError
 from multitensor.server.chat_messages import template_messages, template_tools
 from multitensor.server.chat_output import OneCall, OnlyCalls, OutputParser, PlainParser
 from multitensor.server.errors import bad_request
@@ -17,6 +18,7 @@ from multitensor.server.service import Service
 from multitensor.server.tool_formats import (
     find_tool_format,
     knows_tools,
+    schema_error,
     tool_grammar,
     with_tool_instructions,
 )
@@ -65,7 +67,14 @@ class ChatPrompt:
         if self._tools:
             self.grammar = self._tool_grammar()
         if self.grammar is not None:
+            self._compile(service)
+
+    def _compile(self, service: Service) -> None:
+        assert self.grammar is not None
+        try:
             service.engine.compile_grammar(self.grammar)
+        except InputError as error:
+            raise (schema_error(self.grammar, error) if self._tools else error) from None
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """With control tokens in the text where they mark what the parser looks for."""

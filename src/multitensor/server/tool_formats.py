@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from multitensor.server.tool_parsers import ToolParser, ToolSyntax
 
 Tool = Mapping[str, Any]  # {"type": "function", "function": {"name": ..., "parameters": ..., "strict": ...}}
 TokenId = Callable[[str], int | None]  # id of the control token of that name
+
+_SCHEMA_ERROR = re.compile(r"at (?P<line>\d+)\(\d+\): failed to compile JSON schema: (?P<reason>.*)")
 
 MAX_CALLS = 16  # in one answer, where a grammar asks for calls: else small models never stop
 
@@ -170,6 +173,22 @@ def tool_grammar(
         rules.append(_until("thought", reasoning.close, closing))
     rules.append(f"calls: {_calls(form, parallel, token_id)}")
     return GrammarSpec("lark", "\n".join([f"start: {start}", *rules]))
+
+
+def schema_error(spec: GrammarSpec, error: InputError) -> InputError:
+    """The error of compiling a `tool_grammar`, told by the tool whose schema it is about instead of by the grammar
+    around it, which nobody but this server has written; the same error where it is about none."""
+    found = _SCHEMA_ERROR.search(str(error))
+    lines = spec.text.splitlines()
+    number = int(found["line"]) if found is not None else 0
+    rule = re.match(r"arguments_(\d+): ", lines[number - 1]) if 0 < number <= len(lines) else None
+    if found is None or rule is None:
+        return error
+    head = next(line for line in lines if line.startswith(f"call_{rule[1]}: "))
+    name = head.split('\\"')[3]  # of {\"name\": \"...\"
+    shown = max(1, number - 2)  # the lines around the place, which follow the reason
+    reason = found["reason"].partition(f" {shown} | {lines[shown - 1].partition(':')[0]}:")[0]
+    return InputError(f"the parameters of the tool {name} are not supported: {reason}")
 
 
 def _calls(form: ToolFormat, parallel: bool, token_id: TokenId) -> str:
