@@ -337,7 +337,15 @@ def test_documents_need_nothing_from_outside(server: Server) -> None:
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
+@pytest.mark.parametrize("key", ["EMPTY", "sk-of-another-service"])
+def test_the_official_client_works_with_any_placeholder_for_a_key(server: Server, key: str) -> None:
+    """An empty one, and blanks, it refuses to send itself."""
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=10) as client:
+        assert client.chat.completions.create(model="tide", messages=MESSAGES).choices[0].message.content == TEXT
+
+
 def test_an_empty_key_is_accepted_on_loopback(server: Server) -> None:
+    """As other clients send it, and older official ones."""
     body = json.dumps({"messages": MESSAGES})
     for value in ("Bearer ", "Bearer", "Bearer any", ""):
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
