@@ -175,6 +175,8 @@ def test_the_model_is_told_of_tools_and_results(client: openai.OpenAI, script: S
         {"tools": [TOOLS[0], TOOLS[0]]},
         {"tools": [{"type": "function", "function": {"name": "bad name!"}}]},
         {"tools": [{"type": "browser"}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": ["object", "null"]}}}]},
         {"response_format": {"type": "json_object"}},
         {"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "a", "arguments": ""}}]}]},
     ],

@@ -130,7 +130,8 @@ def _characters(messages: Sequence[Message]) -> int:
 
 
 def _tools(body: ChatRequest) -> list[dict[str, Any]]:
-    """The tools that the model may call. Raises ApiError for settings of tools without any."""
+    """The tools that the model may call. Raises ApiError for settings of tools without any, two of one name, and
+    arguments that are no object: values without names, which nobody can hand to a function."""
     tools = template_tools(body.tools) or []
     if not tools:
         for name, value in (("tool_choice", body.tool_choice), ("parallel_tool_calls", body.parallel_tool_calls)):
@@ -140,6 +141,10 @@ def _tools(body: ChatRequest) -> list[dict[str, Any]]:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise bad_request(f"two tools are named {twice}", "tools")
+    for name, tool in zip(names, tools, strict=True):
+        kind = (tool["function"].get("parameters") or {}).get("type", "object")
+        if kind != "object":
+            raise bad_request(f"the parameters of the tool {name} must be of type object, not {kind!s:.40}", "tools")
     return [] if body.tool_choice == "none" else tools
 
 
