@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from multitensor.engine.batch import SamplingSetup, StepInput
+from multitensor.engine.logprobs import pack_logprobs
 from multitensor.engine.prepare import prepare
 from multitensor.engine.runner import ModelRunner
 from multitensor.engine.sampler import Sampler
 from multitensor.kernels.cuda.choose import CudaTokenChooser
+from multitensor.kernels.cuda.logprobs import CudaLogprobs
 from multitensor.parallel.group import SingleGroup
 from sampling_oracle import processed, right_tokens, sampling_setup
 from synthetic import write_gguf
@@ -191,4 +193,28 @@ def test_a_model_writes_the_same_texts(tmp_path: Path) -> None:
     texts = texts_of(runner, setups, 40)
     runner.sampler.chooser = None
     assert texts == texts_of(runner, setups, 40)
+    runner.sampler.chooser = CudaTokenChooser(DIMS["vocab"], device, logprobs=True)
+    assert texts == texts_of(runner, setups, 40)
     assert len({tuple(text) for text in texts}) == len(setups)
+
+
+@pytest.mark.parametrize("most", [0, 5, 20])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 128256), (10, 32001), (70, 128256), (10, 262208)])
+def test_one_launch_tells_the_logprobs_that_torch_does(rows: int, columns: int, most: int) -> None:
+    random, device = np.random.default_rng(rows + most), torch.device("cuda:0")
+    torch.manual_seed(rows + most)
+    tells = CudaLogprobs(columns, device)
+    for _ in range(4):
+        logits = 3 * torch.randn(rows, columns, device=device)
+        logits[:, 5:9] = -torch.inf
+        ids = torch.from_numpy(random.integers(9, columns, rows)).to(device)
+        places = random.permutation(rows)[: max(1, rows - 2)]
+        found = tells.run(logits, ids, places, most)
+        where = torch.from_numpy(places).to(device)
+        wanted = pack_logprobs(logits[where], ids[where], most)
+        assert torch.equal(found[:, 1], wanted[:, 1])
+        values, _ = logits[where].topk(most)  # equals may come in any order
+        assert torch.equal(logits[where].gather(1, found[:, 2 : 2 + most]), values)
+        for part in (slice(0, 1), slice(2 + most, None)):
+            numbers = [packed[:, part].contiguous().view(torch.float64) for packed in (found, wanted)]
+            assert torch.allclose(*numbers, rtol=0, atol=1e-6)

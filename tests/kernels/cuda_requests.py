@@ -23,9 +23,11 @@ from multitensor.kernels.cuda import (
     float_matrix,
     int8,
     layer,
+    logprobs,
     matrix,
     prefill,
     reduce,
+    sample,
     small_batch,
 )
 from multitensor.kernels.cuda.choose import CudaTokenChooser
@@ -39,6 +41,7 @@ from multitensor.kernels.cuda.layer_weights import FloatRows, Tiles
 from multitensor.kernels.cuda.matrix import TileKernels
 from multitensor.kernels.cuda.prefill import PrefillKernels
 from multitensor.kernels.cuda.reduce import PeerGather, PeerReduction
+from multitensor.kernels.cuda.sample import GreedySampler
 from multitensor.kernels.cuda.small_batch import SmallBatchKernels
 from multitensor.kernels.cuda.tiles import TILE_BYTES, TiledTensor
 from multitensor.kernels.projection import Projection
@@ -75,7 +78,21 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
         enter = stack.enter_context
         enter(patch.object(torch.cuda, "get_device_properties", lambda device: properties))
         enter(patch.object(torch.cuda, "get_device_capability", lambda device=None: divmod(architecture, 10)))
-        for module in (choose, chunks, decode, flags, float_matrix, int8, layer, matrix, prefill, reduce, small_batch):
+        for module in (
+            choose,
+            chunks,
+            decode,
+            flags,
+            float_matrix,
+            int8,
+            layer,
+            logprobs,
+            matrix,
+            prefill,
+            reduce,
+            sample,
+            small_batch,
+        ):
             enter(patch.object(module, "Program", program))
             enter(patch.object(module, "launch", lambda *arguments, **options: None))
             enter(patch.object(module, "shared_limit", lambda device: 227 << 10, create=True))
@@ -206,8 +223,9 @@ def chunk_requests(turn: int) -> None:
 
 
 def sampling_requests(turn: int) -> None:
-    """Sampling in one launch."""
-    CudaTokenChooser(128256, CPU)
+    """Sampling in one launch, log-probabilities in another, and what a recorded step samples."""
+    CudaTokenChooser(128256, CPU, logprobs=True)
+    GreedySampler(1, CPU)
 
 
 def layer_requests(turn: int) -> None:

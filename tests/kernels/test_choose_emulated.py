@@ -12,9 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from multitensor.engine.batch import SamplingSetup
+from multitensor.engine.logprobs import pack_logprobs
 from multitensor.engine.sampler import Sampler
-from multitensor.kernels.cuda import choose
+from multitensor.kernels.cuda import choose, logprobs
 from multitensor.kernels.cuda.choose import CudaTokenChooser
+from multitensor.kernels.cuda.logprobs import CudaLogprobs
 from sampling_oracle import processed, right_tokens, sampling_setup
 
 pytestmark = pytest.mark.skipif(emulated_cuda.compiler() is None, reason="there is no C++ compiler")
@@ -24,8 +26,9 @@ PER_BLOCK = 64 * 16  # logits, with the threads of a block here
 
 @pytest.fixture(autouse=True)
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    emulated_cuda.replace_gpu(monkeypatch, emulated_cuda.AtOnce(tmp_path), choose, processors=12)
+    emulated_cuda.replace_gpu(monkeypatch, emulated_cuda.AtOnce(tmp_path), choose, logprobs, processors=12)
     monkeypatch.setattr(choose, "THREADS", 64)
+    monkeypatch.setattr(logprobs, "THREADS", 64)
 
 
 def samplers(setups: list[SamplingSetup], vocab: int, parts: int | None = None) -> tuple[Sampler, Sampler]:
@@ -235,6 +238,72 @@ def test_rows_that_do_not_follow_one_another_in_memory() -> None:
     logits = wide[:, 5:1306]
     wanted = torchs.sample(logits, np.arange(3), np.zeros(3))[0]
     assert torch.equal(ours.sample(logits, np.arange(3), np.zeros(3))[0], wanted)
+
+
+@pytest.mark.parametrize("most", [0, 1, 5, 20])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 20), (1, 40), (3, 1025), (5, 4000)])
+def test_logprobs_are_those_of_torch(most: int, rows: int, columns: int) -> None:
+    """Of some rows, in no order, launch after launch; -inf among the logits."""
+    random = np.random.default_rng(most + columns)
+    tells = CudaLogprobs(columns, CPU)
+    for turn in range(3):
+        logits = torch.from_numpy(logits_of(("wide", "narrow", "peak")[turn], (rows, columns), random))
+        logits[:, : max(0, columns - 25) : 3] = -torch.inf  # so many are left
+        logits[:, -1] = 0.5
+        ids = torch.from_numpy(random.integers(0, columns, rows))
+        wanted = random.permutation(rows)[: max(1, rows - 1)]
+        agree(tells.run(logits, ids, wanted, most), pack_logprobs(logits[wanted], ids[wanted], most), most)
+
+
+def agree(found: torch.Tensor, wanted: torch.Tensor, most: int) -> None:
+    """Ranks and ids alike, log-probabilities within 1e-6 (the same bits where they are no finite numbers)."""
+    assert torch.equal(found[:, 1], wanted[:, 1]) and torch.equal(found[:, 2 : 2 + most], wanted[:, 2 : 2 + most])
+    for part in (slice(0, 1), slice(2 + most, None)):
+        values = [packed[:, part].contiguous().view(torch.float64) for packed in (found, wanted)]
+        assert torch.allclose(*values, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_logprobs_of_broken_logits_are_those_of_torch() -> None:
+    rows = torch.randn(7, 1500, generator=torch.Generator().manual_seed(3))
+    for row, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        rows[row, 900] = value
+        rows[3 + row] = value
+    rows[3] = torch.randn(1500, generator=torch.Generator().manual_seed(4))
+    rows[3, 0] = torch.nan
+    rows[6, :1200] = -torch.inf
+    ids = torch.tensor([900, 900, 900, 5, 5, 5, 1300])
+    places = np.arange(7)
+    found, wanted = CudaLogprobs(1500, CPU).run(rows, ids, places, 2), pack_logprobs(rows, ids, 2)
+    alike = [4, 5]  # all equal: which come first is nobody's promise
+    agree(found[[0, 1, 2, 3, 6]], wanted[[0, 1, 2, 3, 6]], 2)
+    assert found[alike, 1].tolist() == [1, 1]
+    assert found[alike][:, [0, 4, 5]].view(torch.float64).isnan().all()
+
+
+def test_a_sampler_tells_logprobs_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    vocab = 1100
+    setups = [
+        sampling_setup(0, temperature=1.0, logprobs=3, logit_bias={7: 3.0}),
+        sampling_setup(1, logprobs=-1),
+        sampling_setup(2, temperature=1.0, top_k=5, logprobs=1),
+    ]
+    ours, torchs = (
+        Sampler(3, vocab, 64, CPU, CudaTokenChooser(vocab, CPU, logprobs=True)),
+        Sampler(3, vocab, 64, CPU),
+    )
+    for sampler in (ours, torchs):
+        for request in setups:
+            sampler.admit(request)
+    logits, shares = torch.randn(3, vocab, generator=torch.Generator().manual_seed(5)), np.array([0.3, 0.4, 0.5])
+    found = [sampler.sample(logits, np.arange(3), shares)[1] for sampler in (torchs, ours)]
+    monkeypatch.setattr("multitensor.engine.sampler.pack_logprobs", None)  # ours has no need of it
+    found[1] = ours.sample(logits, np.arange(3), shares)[1]
+    wanted, told = (logprobs.read() for logprobs in found if logprobs is not None)
+    assert set(told) == set(wanted) == {0, 2}
+    for row, entry in told.items():
+        assert (entry.token_rank, entry.top_ids) == (wanted[row].token_rank, wanted[row].top_ids)
+        assert entry.token_logprob == pytest.approx(wanted[row].token_logprob, abs=1e-6)
+        assert entry.top_logprobs == pytest.approx(wanted[row].top_logprobs, abs=1e-6)
 
 
 def test_a_gpu_too_small_for_a_row_is_refused() -> None:

@@ -299,6 +299,10 @@ class Sampler:
         if not len(rows):
             return None
         most = min(int(wanted.max()), self.vocab_size)
+        if self.chooser is not None:
+            told = self.chooser.logprobs(logits, ids, rows, most)
+            if told is not None:
+                return Logprobs(rows, wanted[rows], told)
         packed = []
         for g in self._groups(len(rows)):
             if len(rows) == len(slots):

@@ -46,3 +46,9 @@ class TokenChooser(Protocol):
         token is written at place `history`. last: int64 [slots], where every row's token is written. Returns int64 [S].
         The host does not wait, and may change its arrays at once."""
         ...
+
+    def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: np.ndarray, most: int) -> torch.Tensor | None:
+        """Of some rows (int [R]) of the model's own logits and the ids chosen of all rows: int64 [R, 2 + 2 most], of
+        each the bits of the chosen one's log-probability (float64), its rank, the likeliest ids, and the bits of their
+        log-probabilities, right to 1e-6. None where plain torch has to."""
+        ...

@@ -6,32 +6,20 @@
 // the order in which blocks began, so those of a row that wait for each other wait for blocks that run: there need be room for
 // `parts` blocks on the GPU, not for the grid. All counters and sums are zero before and after.
 //
-// A scaled logit x <= 0 is kept as the bits of -x, its key: likelier tokens have smaller keys. Weights are integers, so sums
-// depend on no order; and they are the same bits on every GPU, of whatever generation: rounded products and sums only. They are
-// exp(x) to 2e-7 of themselves, then rounded to units of 2^-38.
+// A scaled logit x <= 0 is kept as the bits of -x, its key: likelier tokens have smaller keys. Weights are integers (weights.cu), so
+// sums depend on no order, and are the same bits on every GPU.
 //
 // Top-k and top-p are one key each, the largest that passes. The keys are split into bins, 1/32 apart at first, then by their bits,
 // and counts and weights are added up by bin, until all of a bin is kept, or it is a single token or a single key.
 //
-// Defines: THREADS of a block, where not 512.
+// Behind weights.cu. Defines: THREADS of a block, 512 at most.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#ifndef THREADS
-#define THREADS 512
-#endif
 constexpr int QUADS = 4;  // of a thread: four neighbouring tokens each
 constexpr int STRETCH = THREADS * QUADS * 4;
 constexpr int BIN_BITS = 10, BINS = 1 << BIN_BITS, MINE = BINS / THREADS;  // bins of a thread
 constexpr int SPLITS = 7;  // the first, and three more for either filter
 constexpr int MOST_PARTS = 64, WARPS = THREADS / 32;
-constexpr u32 NEVER = 0x7f800000u;    // the key of what cannot be sampled
-constexpr u32 WEIGHTLESS = 0x41dc0000u;  // of -27.5, whose weight is 0, as that of all larger ones
-constexpr int HALF_BITS = 19;           // a weight has two halves: those of a stretch sum up to less than 2^32
-constexpr u64 WEIGHT_ONE = (1ull << 2 * HALF_BITS) - 1;
-constexpr u32 ALL = 0xffffffffu;
-static_assert(STRETCH <= 8192, "sums of halves of weights have 32 bits");
+static_assert(STRETCH <= 8192, "sums of halves of weights, of 19 bits each, have 32");
 
 struct Row {
     int slot, top_k;      // top_k: 0 where there is none
@@ -73,32 +61,6 @@ struct Shared {
     u32 turn;
 };
 
-// A float32 and its index as one number: larger for a larger value, then for a lower index. NaN is the largest.
-__device__ __forceinline__ u64 ranked(float value, int index) {
-    const u32 b = __float_as_uint(value + 0.f);  // no -0
-    const u32 order = value != value ? 0xffffffffu : b & 0x80000000u ? ~b : b | 0x80000000u;
-    return (u64)order << 32 | (u32)~index;
-}
-
-// exp(-number) in units of 2^-38, where key is the bits of a number >= 0.
-__device__ __forceinline__ u64 weight(u32 key) {
-    if (key >= WEIGHTLESS) return 0;
-    const float x = -__uint_as_float(key), turns = rintf(__fmul_rn(x, 1.44269504f));
-    const float r = __fmaf_rn(turns, -1.42860677e-6f, __fmaf_rn(turns, -0.693145752f, x));
-    float e = 1.f / 5040.f;
-    e = __fmaf_rn(e, r, 1.f / 720.f);
-    e = __fmaf_rn(e, r, 1.f / 120.f);
-    e = __fmaf_rn(e, r, 1.f / 24.f);
-    e = __fmaf_rn(e, r, 1.f / 6.f);
-    e = __fmaf_rn(e, r, 0.5f);
-    e = __fmaf_rn(e, r, 1.f);
-    e = __fmaf_rn(e, r, 1.f);
-    const u32 digits = (u32)__fmul_rn(e, 16777216.f);  // exactly: e is at least 0.7
-    const int up = 2 * HALF_BITS - 24 + (int)turns;
-    if (up >= 0) return min((u64)digits << up, WEIGHT_ONE);
-    return (digits + (1u << (-up - 1))) >> -up;
-}
-
 // All blocks of a row come here as often; afterwards each sees what the others wrote before.
 __device__ __forceinline__ void meet(State* state, u32 wanted) {
     __syncthreads();
@@ -109,28 +71,6 @@ __device__ __forceinline__ void meet(State* state, u32 wanted) {
         __threadfence();
     }
     __syncthreads();
-}
-
-// The sum of the values of all threads before this one; total: of all. `warps` is free again once all have met.
-__device__ __forceinline__ u64 sum_before(u64 value, u64* warps, u64& total) {
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    u64 sum = value;
-#pragma unroll
-    for (int o = 1; o < 32; o <<= 1) {
-        const u64 below = __shfl_up_sync(ALL, sum, o);
-        if (lane >= o) sum += below;
-    }
-    if (lane == 31) warps[warp] = sum;
-    __syncthreads();
-    u64 before = sum - value;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        const u64 of_warp = warps[w];
-        if (w < warp) before += of_warp;
-        total += of_warp;
-    }
-    return before;
 }
 
 __device__ __forceinline__ u32 bin_of(u32 key, const Range& range) {
@@ -197,9 +137,9 @@ __device__ __forceinline__ Mine look(const Split& split, Shared& s) {
         counts += mine.count[i];
         masses += mine.mass[i];
     }
-    mine.before = (u32)sum_before(counts, s.warps, all);
+    mine.before = (u32)sum_before<WARPS>(counts, s.warps, all);
     __syncthreads();
-    mine.before_mass = sum_before(masses, s.warps, all);
+    mine.before_mass = sum_before<WARPS>(masses, s.warps, all);
     if (threadIdx.x == 0) {
         s.mass = all;
         s.found.bin = BINS;
@@ -315,7 +255,7 @@ __device__ __forceinline__ int drawn(const u32 (&keys)[QUADS][4], u32 limit, u64
 #pragma unroll
         for (int e = 0; e < 4; e++) sum += keys[q][e] <= limit ? weight(keys[q][e]) : 0;
         __syncthreads();
-        u64 before = sum_before(sum, s.warps, all);
+        u64 before = sum_before<WARPS>(sum, s.warps, all);
         if (before <= wanted && wanted < before + sum) {
             int passed = 0;
 #pragma unroll
@@ -388,10 +328,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     int splits = 0;
     meet(state, parts);
     const u64 best = __ldcg(&state->best);
-    const u32 order = (u32)(best >> 32);
-    const float largest = __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
+    const float largest = value_of(best);
     const bool random = r.temperature > 0.f;
-    if (!random || order == 0xffffffffu || (__float_as_uint(largest) & NEVER) == NEVER) {
+    if (!random || !is_finite(largest)) {
         // Where the largest is no finite number nothing has a weight, and the first token is taken.
         if (part == 0 && threadIdx.x == 0) write(random ? 0 : (int)~(u32)best, row, r, history, last, ids);
     } else {
@@ -414,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             for (int e = 0; e < 4; e++) sum += keys[q][e] <= limit ? weight(keys[q][e]) : 0;
         }
         __syncthreads();
-        sum_before(sum, s.warps, total);
+        sum_before<WARPS>(sum, s.warps, total);
         if (threadIdx.x == 0) state->totals[part] = total;
         meet(state, ++met * parts);
         for (int p = threadIdx.x; p < parts; p += THREADS) s.wide[p] = __ldcg(&state->totals[p]);

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from multitensor.kernels.cuda.logprobs import MOST, CudaLogprobs
 from multitensor.kernels.cuda.program import Program, launch
 from multitensor.kernels.host_copy import Uploads
 from multitensor.kernels.token_rows import ROW
@@ -26,10 +27,11 @@ MOST_ROWS = 64  # of one launch
 class CudaTokenChooser:
     """See kernels/token_rows.py. Its launches follow one another on one stream.
 
-    parts: blocks of a row, other than what the device is best served with. Results do not depend on it.
+    parts: blocks of a row, other than what the device is best served with. Results do not depend on it. logprobs:
+    whether it tells log-probabilities too.
     """
 
-    def __init__(self, columns: int, device: torch.device, parts: int | None = None) -> None:
+    def __init__(self, columns: int, device: torch.device, parts: int | None = None, *, logprobs: bool = False) -> None:
         """Raises ValueError where a row needs more blocks than the GPU runs at once: they wait for each other."""
         self._columns, self._device, self._given = columns, device, parts
         properties = torch.cuda.get_device_properties(device)
@@ -40,10 +42,11 @@ class CudaTokenChooser:
             raise ValueError(
                 f"rows of {columns} logits need {self._fewest} blocks at once, the GPU has room for {room}"
             )
-        self._kernel: Any = Program("choose.cu", {"THREADS": THREADS}, device).kernel("choose")
+        self._kernel: Any = Program(("weights.cu", "choose.cu"), {"THREADS": THREADS}, device).kernel("choose")
         self._uploads = Uploads(device)
         self._states = torch.zeros(MOST_ROWS, _STATE_BYTES, dtype=torch.uint8, device=device)
         self._turns = torch.zeros(1, dtype=torch.int32, device=device)
+        self._logprobs = CudaLogprobs(columns, device) if logprobs else None
 
     def run(
         self,
@@ -78,6 +81,11 @@ class CudaTokenChooser:
             arguments = (logits[start:], *numbers, last, ids[start:], parts, length, self._turns, self._states)
             launch(self._kernel, parts * number, THREADS, 0, arguments)
         return ids
+
+    def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: np.ndarray, most: int) -> torch.Tensor | None:
+        if self._logprobs is None or most > MOST:
+            return None
+        return self._logprobs.run(logits, ids, rows, most)
 
     def _parts(self, rows: int) -> int:
         """Blocks of a row: as many as its logits need at sixteen a thread; more where the GPU would have idle

@@ -1,14 +1,4 @@
-// The likeliest token of every sequence, written where the next step looks for it.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-// A float32 and its index as one number: larger for a larger value, then for a lower index. NaN is the largest.
-__device__ __forceinline__ u64 ranked(float value, int index) {
-    const u32 b = __float_as_uint(value + 0.f);  // no -0
-    const u32 order = value != value ? 0xffffffffu : b & 0x80000000u ? ~b : b | 0x80000000u;
-    return (u64)order << 32 | (u32)~index;
-}
+// The likeliest token of every sequence, written where the next step looks for it. Behind weights.cu.
 
 // logits [gridDim.y][columns] -> ids[row] and last[slots[row]]: the index of the largest, the lowest of equals. Every block
 // takes a stretch of a row; the last to finish writes. best and counters: [gridDim.y], zero before and after. Rows are

@@ -13,7 +13,7 @@ class GreedySampler:
     """For up to `sequences` rows; its launches follow one another on one stream."""
 
     def __init__(self, sequences: int, device: torch.device) -> None:
-        self._kernel = Program("sample.cu", {}, device).kernel("greedy")
+        self._kernel = Program(("weights.cu", "sample.cu"), {}, device).kernel("greedy")
         self.ids = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._best = torch.zeros(sequences, dtype=torch.int64, device=device)
         self._counters = torch.zeros(sequences, dtype=torch.int32, device=device)
