@@ -329,3 +329,11 @@ def test_logprobs_of_broken_logits(device: str) -> None:
     assert found[0].top_ids == [2, 0, 1] and found[0].token_rank == 1
     assert found[0].top_logprobs == pytest.approx([-rest, -2.0 - rest, -math.inf], abs=1e-12)
     assert math.isnan(found[1].token_logprob) and all(math.isnan(value) for value in found[1].top_logprobs)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_temperature_too_small_for_float32_is_greedy(device: str) -> None:
+    sampler = Sampler(1, 9, 64, torch.device(device))
+    sampler.admit(setup(temperature=1e-60, top_p=0.9))
+    logits = torch.tensor([[0.0, 1.0, 5.0, 4.9, 0.0, 0.0, 0.0, 0.0, 0.0]], device=device)
+    assert sampler.sample(logits, np.zeros(1, np.int64), np.array([0.99]))[0].item() == 2

@@ -46,7 +46,7 @@ class SlotTable:
         self.repetition[slot], self.presence[slot] = setup.repetition_penalty, setup.presence_penalty
         self.frequency[slot] = setup.frequency_penalty
         self.top_k[slot] = setup.top_k if setup.top_k < self._vocab_size else 0
-        self.random[slot] = setup.temperature > 0
+        self.random[slot] = self.temperature[slot] > 0  # as float32: what that rounds to 0 is greedy
         self.filtered[slot] = self.top_k[slot] > 0 or setup.top_p < 1
         penalties = (setup.repetition_penalty, setup.presence_penalty, setup.frequency_penalty)
         self.penalised[slot] = penalties != (1.0, 0.0, 0.0)

@@ -15,9 +15,7 @@ from multitensor.kernels.token_rows import ROW
 
 THREADS = 512
 _PER_THREAD = 16  # logits
-_ALONE = (
-    4  # logits of a thread of a row that has the GPU to itself: more blocks, which have more to exchange, are no faster
-)
+_ALONE = 4  # of a row that has the GPU to itself: more blocks have more to exchange
 _MOST_PARTS, _SPLITS, _BINS = 64, 7, 1024  # of choose.cu
 _STATE_BYTES = 8 * (2 + _MOST_PARTS) + 12 * _SPLITS * _BINS  # its struct State
 _SHARED_BYTES = 35 << 10  # of a block, and what the driver adds. It has registers for two on every GPU
