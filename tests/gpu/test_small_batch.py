@@ -45,6 +45,67 @@ def test_products(kernels, name: str, cut: tuple[int, int, int, int], dtype: tor
         assert error(kernels.multiply(x, [tiled], bias), wanted + bias) < 3e-3
 
 
+@pytest.fixture(scope="module", params=["64 rows at a time", "a row group a warp", "little shared memory"])
+def others(request):
+    """What other GPUs, or other numbers of tokens, take."""
+    from multitensor.kernels.cuda.small_batch import TOKEN_TILES, Shape, SmallBatchKernels
+
+    device = torch.device("cuda:0")
+    if request.param == "64 rows at a time":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("no wgmma")
+        return SmallBatchKernels(device, wide=dict.fromkeys(TOKEN_TILES, Shape(16, 1)))
+    made = SmallBatchKernels(device, dict.fromkeys(TOKEN_TILES, Shape(8, 1)), wide={})
+    if request.param == "little shared memory":
+        made.shared_limit = 99 << 10  # 64 tokens in two launches
+    return made
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q2_K", "IQ4_XS"])
+@pytest.mark.parametrize("cut", CUTS)
+def test_products_of_others(others, name: str, cut: tuple[int, int, int, int]) -> None:
+    tiled, numbers = weight(name, *cut)
+    x = torch.randn(64, tiled.cols, device="cuda", dtype=torch.bfloat16)
+    alone = None
+    for tokens in TOKENS:
+        assert others.takes([tiled], tokens)
+        wanted = x[:tokens].double() @ numbers.double().T
+        poison(others, wanted.numel())
+        found = others.multiply(x[:tokens], [tiled], float_out=True)
+        assert error(found, wanted) < 4e-4
+        alone = found[:5] if alone is None else alone
+        assert torch.equal(found[:5], alone)
+
+
+@pytest.mark.parametrize("tokens", [7, 64])
+def test_gate_and_up_of_others(others, tokens: int) -> None:
+    (gate, g), (up, u) = (weight("Q4_K", 1040, 2048, 0, 2048, seed) for seed in (1, 2))
+    x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    wanted = torch.nn.functional.silu(x.double() @ g.double().T) * (x.double() @ u.double().T)
+    poison(others, tokens * 1040)
+    assert error(others.multiply(x, [gate, up], gated="silu"), wanted) < 3e-3
+
+
+@pytest.mark.parametrize("tokens", [5, 24, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_that_a_norm_has_packed(kernels, tokens: int, dtype: torch.dtype) -> None:
+    """The product takes them, and gives the bits that it gives of rows that it packs itself."""
+    from multitensor.kernels.cuda.decode import DecodeKernels
+
+    tiled, _ = weight("Q4_K", 520, 4096, 0, 4096)
+    rows = torch.full((tokens, 4096), float("nan"), device="cuda", dtype=dtype)
+    residual, partial = torch.randn(2, tokens, 4096, device="cuda")
+    made = kernels.rows_beside(rows, [tiled])
+    norm = torch.rand(4096, device="cuda") + 0.5
+    DecodeKernels(torch.device("cuda:0")).add_rms_norm(residual, partial, norm, 1e-5, rows, packed=made)
+    wanted = kernels.multiply(rows, [tiled], float_out=True)
+    with kernels.made_beside(made):
+        found = kernels.multiply(rows, [tiled], float_out=True)
+        rows.fill_(float("nan"))  # not looked at
+        again = kernels.multiply(rows, [tiled], float_out=True)
+    assert torch.equal(found, wanted) and torch.equal(again, wanted)
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q8_0", "Q2_K"])
 def test_a_token_has_the_same_bits_in_any_company(kernels, name: str) -> None:
     tiled, _ = weight(name, 2072, 4096, 0, 4096)

@@ -57,6 +57,7 @@ class Asked:
 
     sources: tuple[str, ...]
     defines: dict[str, object]
+    features: str = ""
     kernels: set[str] = field(default_factory=set)
 
     def __str__(self) -> str:
@@ -68,8 +69,10 @@ def recorded(architecture: int) -> Iterator[list[Asked]]:
     """Within, every Program of these modules is recorded instead of compiled, and launches do nothing."""
     programs: list[Asked] = []
 
-    def program(sources: str | tuple[str, ...], defines: dict[str, object], device: torch.device) -> Any:
-        asked = Asked((sources,) if isinstance(sources, str) else tuple(sources), dict(defines))
+    def program(
+        sources: str | tuple[str, ...], defines: dict[str, object], device: torch.device, features: str = ""
+    ) -> Any:
+        asked = Asked((sources,) if isinstance(sources, str) else tuple(sources), dict(defines), features)
         programs.append(asked)
         return SimpleNamespace(kernel=lambda name: asked.kernels.add(name) or name)
 

@@ -63,6 +63,13 @@ _PTX: dict[str, _Translation] = {
     "griddepcontrol.": lambda: "",
     "fence.proxy.async": lambda: "",
     "trap": lambda: "abort();",
+    "wgmma.fence": lambda: "",
+    "wgmma.commit_group": lambda: "",
+    "wgmma.wait_group": lambda left: "",
+    "wgmma.mma_async.sync.aligned.m64n": lambda *o: (
+        f"float* sums_[] = {{{', '.join('&' + x for x in o[:-6])}}}; "
+        f"wide_multiply_add(sums_, {len(o[:-6]) // 4}, {', '.join(o[-6:])});"
+    ),
     "mov.u32 %0, %%smid": lambda to: f"{to} = blockIdx.x;",
     "nanosleep.u32": lambda: "pause_();",
     "mov.u64 %0, %globaltimer": lambda to: f"{to} = 0;",
@@ -219,6 +226,8 @@ def _translated(statement: str) -> str:
         start = at + match.end()
         operands.append(statement[start : _closing(statement, start)])
     words = re.sub(r"\s+", " ", ptx).strip()
+    if not words:
+        return ""  # only tells a compiler what changes
     waiting = re.search(r"mbarrier\.try_wait\S*", words)
     words = waiting.group(0) if waiting else words
     if re.match(r"mma\.sync\.aligned\.m16n8k(16|32)\.row\.col\.(s32\.s8\.s8\.s32|f32\.b?f16\.b?f16\.f32) ", words):
@@ -246,6 +255,7 @@ class Asked:
     sources: str | tuple[str, ...]
     defines: dict[str, object]
     device: object = None
+    features: str = ""
 
     def kernel(self, name: str) -> tuple[Asked, str]:
         return self, name

@@ -25,12 +25,13 @@ class Nvrtc:
         self._call("nvrtcGetSupportedArchs", numbers)
         self.architectures = frozenset(numbers)
 
-    def compile(self, text: str, architecture: int) -> bytes:
-        """The cubin of a source that includes nothing. Raises AssertionError with the compiler's words."""
+    def compile(self, text: str, architecture: int, features: str = "") -> bytes:
+        """The cubin of a source that includes nothing. features: as program.Program's. Raises AssertionError with the
+        compiler's words."""
         program = ctypes.c_void_p()
         self._call("nvrtcCreateProgram", ctypes.byref(program), text.encode(), b"kernels.cu", 0, None, None)
         try:
-            options = [f"--gpu-architecture=sm_{architecture}".encode(), b"--std=c++17"]
+            options = [f"--gpu-architecture=sm_{architecture}{features}".encode(), b"--std=c++17"]
             failed = self._library.nvrtcCompileProgram(
                 program, len(options), (ctypes.c_char_p * len(options))(*options)
             )
@@ -65,13 +66,13 @@ def find_nvrtc() -> Nvrtc | None:
     return Nvrtc(max(found)[1]) if found else None
 
 
-def compile_text(text: str, architecture: int, kernels: frozenset[str]) -> str:
+def compile_text(text: str, architecture: int, kernels: frozenset[str], features: str = "") -> str:
     """What is wrong, or "". In a process of its own, since the compiler takes turns within one."""
     compiler = find_nvrtc()
     if compiler is None:
         return "NVRTC is gone"
     try:
-        cubin = compiler.compile(text, architecture)
+        cubin = compiler.compile(text, architecture, features)
     except AssertionError as error:
         return str(error)
     missing = sorted(name for name in kernels if b"\0.text." + name.encode() + b"\0" not in cubin)

@@ -263,6 +263,22 @@ static inline void multiply_add(float* d, unsigned a0, unsigned a1, unsigned a2,
     }
     __syncwarp();
 }
+// wgmma with A in registers: a warp's 16 rows of 64, tiles of eight tokens whose numbers lie as the descriptor `where` says
+// (no swizzling). At once, where a GPU goes on behind the program's back.
+static inline void wide_multiply_add(float** d, int tiles, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long where, int keep) {
+    const size_t base = (size_t)running->block->shared, low = (where & 0x3fff) << 4;
+    size_t at = (base & ~(size_t)0x3ffff) | low;
+    if (at < base) at += 0x40000;
+    const size_t leading = ((where >> 16) & 0x3fff) << 4, stride = ((where >> 32) & 0x3fff) << 4;
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    for (int n = 0; n < tiles; n++) {
+        const unsigned char* row = (const unsigned char*)at + n * stride + g * 16 + c * 4;
+        float four[4];
+        for (int e = 0; e < 4; e++) four[e] = keep ? *d[n * 4 + e] : 0.f;
+        multiply_add<false>(four, a0, a1, a2, a3, *(const unsigned*)row, *(const unsigned*)(row + leading));
+        for (int e = 0; e < 4; e++) *d[n * 4 + e] = four[e];
+    }
+}
 // movmatrix: lane l has numbers 2 (l % 4) and the next of row l / 4 of eight.
 static inline unsigned transposed(unsigned v) {
     auto* all = running->block->fragments[threadIdx.x >> 5];

@@ -77,7 +77,8 @@ def test_compiles(architecture: int, compiler: Nvrtc, processes: ProcessPoolExec
     jobs = []
     for program in asked_for(architecture):
         text = source_text(program.sources, program.defines)
-        jobs.append((program, processes.submit(compile_text, text, architecture, frozenset(program.kernels))))
+        kernels = frozenset(program.kernels)
+        jobs.append((program, processes.submit(compile_text, text, architecture, kernels, program.features)))
     failures = [f"{program}: {job.result()}" for program, job in jobs if job.result()]
     assert jobs and not failures, "\n".join(failures)
 

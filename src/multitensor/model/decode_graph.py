@@ -18,6 +18,7 @@ from multitensor.kernels.cuda.cuda_kernels import CudaKernels
 from multitensor.kernels.cuda.decode import HEAD_DIMS, KEY_TILE, MAX_HIDDEN, DecodeAttention, cache_kind
 from multitensor.kernels.cuda.layer import STEPS
 from multitensor.kernels.cuda.sample import GreedySampler
+from multitensor.kernels.cuda.small_batch import PackedRows
 from multitensor.kernels.cuda.tiles import TiledTensor
 from multitensor.model.attention import KVCache
 from multitensor.model.decoder import Decoder, DecoderLayer
@@ -108,7 +109,7 @@ class _DecodeGraph:
     ) -> None:
         self.decoder, self.caches, self.kernels, self.group = decoder, caches, kernels, group
         self.last_tokens = last_tokens
-        self.sequences = sequences
+        self.sequences, self.hidden_size = sequences, plan.spec.hidden_size
         self.block_size = plan.block_size
         self.blocks = -(-plan.context // plan.block_size)
         self.device = last_tokens.device
@@ -189,26 +190,51 @@ class _DecodeGraph:
         return self.logits
 
     def _forward(self) -> torch.Tensor:
-        residual, hidden = self._embed()
+        hidden = torch.empty((self.sequences, self.hidden_size), dtype=self.dtype, device=self.device)
         if self.fused is not None:
-            logits = self._fused_forward(self.fused, residual, hidden)
+            logits = self._fused_forward(self.fused, self._embed(hidden, None), hidden)
         else:
-            logits = self._layers(residual, hidden)
+            logits = self._layers(hidden)
         self.greedy.run(logits, self.positions, self.slots, self.last_tokens)
         return logits
 
-    def _layers(self, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        decoder = self.decoder
-        reduce = self.group.reduce_add_norm_into
-        for layer, cache in zip(decoder.layers, self.caches, strict=True):
-            partial = self._attend(layer, hidden, cache)
-            reduce(partial, residual, layer.ffn_norm, layer.eps, hidden, layer.post_attention_norm)
-            partial = self._feed_forward(layer, hidden)
-            reduce(partial, residual, layer.next_norm, layer.eps, hidden, layer.post_ffn_norm)
-        return decoder.logits(hidden)
+    def _layers(self, hidden: torch.Tensor) -> torch.Tensor:
+        decoder, packed = self.decoder, self._packed_beside(hidden)
+        with self.kernels.small_batch_kernels.made_beside(packed):
+            residual = self._embed(hidden, packed)
+            for layer, cache in zip(decoder.layers, self.caches, strict=True):
+                partial = self._attend(layer, hidden, cache)
+                self._add_norm(partial, residual, layer.ffn_norm, hidden, layer.post_attention_norm, packed)
+                partial = self._feed_forward(layer, hidden)
+                self._add_norm(partial, residual, layer.next_norm, hidden, layer.post_ffn_norm, packed)
+            return decoder.logits(hidden)
 
-    def _embed(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(residual stream, first layer's input), each [S, hidden]. The embedding is a sum over ranks like any."""
+    def _packed_beside(self, hidden: torch.Tensor) -> PackedRows | None:
+        """Room for the norms to leave `hidden` as the products of few tokens take it, which saves a launch each; None
+        where sums over ranks are made with the norms, or other kernels multiply."""
+        if self.group.size > 1:
+            return None
+        return self.kernels.small_batch_kernels.rows_beside(hidden, self.decoder.layers[0].attention.qkv)
+
+    def _add_norm(
+        self,
+        partial: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        hidden: torch.Tensor,
+        post_weight: torch.Tensor | None,
+        packed: PackedRows | None,
+    ) -> None:
+        eps = self.decoder.eps
+        if packed is None:
+            self.group.reduce_add_norm_into(partial, residual, weight, eps, hidden, post_weight)
+        else:
+            norm = self.kernels.decode_kernels.add_rms_norm
+            norm(residual, partial, weight, eps, hidden, post_weight=post_weight, packed=packed)
+
+    def _embed(self, hidden: torch.Tensor, packed: PackedRows | None) -> torch.Tensor:
+        """The residual stream, and into `hidden` the first layer's input, each [S, hidden]. The embedding is a sum over
+        ranks like any."""
         decoder, embedding = self.decoder, self.decoder.embedding
         if isinstance(embedding.weight, TiledTensor):
             partial = self.kernels.tile_kernels.embed(
@@ -221,14 +247,13 @@ class _DecodeGraph:
             )
         else:
             partial = embedding.partial(torch.where(self.ids < 0, self.last_tokens[self.slots.long()], self.ids.long()))
-        hidden = torch.empty_like(partial, dtype=self.dtype)
         weight = decoder.layers[0].first_norm
         if self.group.size == 1:
-            self.kernels.decode_kernels.add_rms_norm(partial, None, weight, decoder.eps, hidden)
-            return partial, hidden
+            self.kernels.decode_kernels.add_rms_norm(partial, None, weight, decoder.eps, hidden, packed=packed)
+            return partial
         residual = torch.zeros_like(partial)
         self.group.reduce_add_norm_into(partial, residual, weight, decoder.eps, hidden)
-        return residual, hidden
+        return residual
 
     def _fused_forward(self, fused: FusedLayers, residual: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Two launches a layer: rotary and attention, then everything up to the next layer's query, key and value."""

@@ -2,12 +2,19 @@
 //
 // A chunk is one super-block of 256 columns of all tokens, tokens in tiles of eight:
 //   [8 sub-blocks][tiles][32 lanes][16 bytes]  lane (g = token of the tile, c): columns 4c to 4c + 3 of either half of 16
+// where WIDE (for wgmma, which reads rows of columns):
+//   [16 halves of sub-blocks][2][tokens][16 bytes]  of each 4 columns the first two, then in the second run the last two
+// then
 //   [tiles][32 lanes][8 bytes]                 sums over 32 columns as two halves, high and low: B of one m16n8k16
 //   [tiles][32 lanes][16 bytes]                sums over 16 columns, likewise: B of two of them
 // A token's numbers are multiplied by the power of two that brings the largest to [512, 1024), so that bfloat16 becomes
 // float16 (exactly, unless 2^-24 of the largest or less) and no sum overflows; `scales` takes it back.
 // Columns before `phase` and behind the last are zeros. Slots of tokens that there are not stay as they were: nothing of
 // one token reaches another's result.
+
+#ifndef WIDE
+#define WIDE 0
+#endif
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -49,10 +56,17 @@ __device__ __forceinline__ void put(const float (&v)[8], float factor, u8* chunk
         bits[i] = to_half(value);
         sum += value;
     }
+#if WIDE
+    u8* at = chunk + ((2 * s + half) * 2 * tiles * 8 + token) * 16 + c * 4;
+#pragma unroll
+    for (int p = 0; p < 2; p++)
+        *(uint2*)(at + p * tiles * 128) = make_uint2(bits[2 * p] | bits[2 * p + 1] << 16, bits[2 * p + 4] | bits[2 * p + 5] << 16);
+#else
     u8* at = chunk + ((s * tiles + tile) * 32 + g * 4 + c) * 16 + half * 8;
 #pragma unroll
     for (int p = 0; p < 2; p++)
         *(uint2*)(at + p * 16) = make_uint2(bits[4 * p] | bits[4 * p + 1] << 16, bits[4 * p + 2] | bits[4 * p + 3] << 16);
+#endif
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     if ((eight & 1) == 0) {
         const int t = eight >> 1;  // of 16 sub-blocks; 0 to 7 in the operand's first word, 8 to 15 in its second

@@ -6,6 +6,7 @@
 // Only what no kernel of a step writes is __restrict__: else a load could be moved ahead of the wait for its writer.
 // Lane-to-element maps of mma fragments and movmatrix are those of the PTX ISA manual.
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -1232,12 +1233,53 @@ __device__ __forceinline__ float block_sum(float v, float* scratch) {
 }
 __device__ __forceinline__ float squares(const float4& v) { return v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w; }
 
-// A block a token. residual float32 [T][HIDDEN], in place; partial [T][HIDDEN] or null (only the norm is taken);
-// post_weight null: no post norm. out [T][HIDDEN]. Weights float32 [HIDDEN], taken plus `offset`.
-extern "C" __global__ void __launch_bounds__(THREADS)
-    add_rms_norm(float* residual, const void* partial, const float* __restrict__ post_weight,
-                 const float* __restrict__ weight, void* out, float eps, float offset) {
-    __shared__ float scratch[2][32];
+// Four columns of one token to their places among the operands of gemm.cu, with their sums: as activations.cu puts eight.
+// `quad`: which of a super-block's 64.
+__device__ __forceinline__ void put_operand(const float (&v)[4], float factor, u8* chunk, int tiles, int wide, int token, int quad) {
+    const int tile = token >> 3, g = token & 7, s = quad >> 3, half = (quad >> 2) & 1, c = quad & 3;
+    float sum = 0.f;
+    u32 bits[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float value = v[i] * factor;
+        bits[i] = (u32)to_bits<HALF>(value);
+        sum += value;
+    }
+    const u32 first = bits[0] | bits[1] << 16, second = bits[2] | bits[3] << 16;
+    if (wide) {
+        u8* at = chunk + ((2 * s + half) * 2 * tiles * 8 + token) * 16 + c * 4;
+        *(u32*)at = first;
+        *(u32*)(at + tiles * 128) = second;
+    } else {
+        *(uint2*)(chunk + ((s * tiles + tile) * 32 + g * 4 + c) * 16 + half * 8) = make_uint2(first, second);
+    }
+    auto put_sum = [](u8* at, int low_at, float total) {
+        const u32 high = (u32)to_bits<HALF>(total);
+        *(u16*)at = (u16)high;
+        *(u16*)(at + low_at) = to_bits<HALF>(total - to_float<HALF>((u16)high));
+    };
+    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    if (c == 0) {
+        const int t = quad >> 2;
+        put_sum(chunk + tiles * (4096 + 256) + (tile * 32 + g * 4 + ((t & 7) >> 1)) * 16 + (t >> 3) * 4 + (t & 1) * 2, 8, sum);
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 4);
+    if ((quad & 7) == 0) put_sum(chunk + tiles * 4096 + (tile * 32 + g * 4 + (s >> 1)) * 8 + (s & 1) * 2, 4, sum);
+}
+
+__device__ __forceinline__ float rounded(float v) { return to_float<X_KIND>(to_bits<X_KIND>(v)); }
+
+struct Operands {  // as activations.cu leaves them
+    u8* packed;
+    float* scales;
+    int tiles, wide;
+};
+
+template <bool PACKED>
+__device__ __forceinline__ void norm_body(float* residual, const void* partial, const float* __restrict__ post_weight,
+                                          const float* __restrict__ weight, void* out, float eps, float offset, const Operands& operands) {
+    __shared__ float scratch[3][32];
     let_next_kernel_start();
     float4 w[ITEMS], r[ITEMS], p[ITEMS];
     const float4 none = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -1269,14 +1311,55 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         all_squares += squares(r[i]);
     }
     const float inverse = rsqrtf(block_sum(all_squares, scratch[1]) / HIDDEN + eps);
+    float most = 0.f;
 #pragma unroll
     for (int i = 0; i < ITEMS; i++) {
         const int at = threadIdx.x + i * THREADS;
         if (at >= VECTORS) continue;
         if (partial) store4<FLOAT>(residual, row + 4 * at, r[i]);
-        store4<X_KIND>(out, row + 4 * at, make_float4(r[i].x * inverse * (w[i].x + offset), r[i].y * inverse * (w[i].y + offset),
-                                                      r[i].z * inverse * (w[i].z + offset), r[i].w * inverse * (w[i].w + offset)));
+        const float4 v = make_float4(r[i].x * inverse * (w[i].x + offset), r[i].y * inverse * (w[i].y + offset),
+                                     r[i].z * inverse * (w[i].z + offset), r[i].w * inverse * (w[i].w + offset));
+        store4<X_KIND>(out, row + 4 * at, v);
+        if (PACKED) {
+            w[i] = make_float4(rounded(v.x), rounded(v.y), rounded(v.z), rounded(v.w));
+            most = fmaxf(most, fmaxf(fmaxf(fabsf(w[i].x), fabsf(w[i].y)), fmaxf(fabsf(w[i].z), fabsf(w[i].w))));
+        }
+    }
+    if (!PACKED) return;
+#pragma unroll
+    for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    if ((threadIdx.x & 31) == 0) scratch[2][threadIdx.x >> 5] = most;
+    __syncthreads();
+    most = (threadIdx.x & 31) < WARPS ? scratch[2][threadIdx.x & 31] : 0.f;
+#pragma unroll
+    for (int step = 16; step; step >>= 1) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, step));
+    const int shift = min(9 - ((int)(__float_as_uint(most) >> 23) - 127), 100);
+    const float factor = __uint_as_float((u32)(127 + shift) << 23);
+    if (threadIdx.x == 0) operands.scales[blockIdx.x] = __uint_as_float((u32)(127 - shift) << 23);
+#pragma unroll
+    for (int i = 0; i < ITEMS; i++) {
+        const int at = threadIdx.x + i * THREADS;
+        if (at >= VECTORS) continue;  // whole warps: rows are super-blocks
+        const float v[4] = {w[i].x, w[i].y, w[i].z, w[i].w};
+        u8* chunk = operands.packed + (size_t)(at >> 6) * operands.tiles * (4096 + 256 + 512);
+        put_operand(v, factor, chunk, operands.tiles, operands.wide, blockIdx.x, at & 63);
     }
 }
+
+// A block a token. residual float32 [T][HIDDEN], in place; partial [T][HIDDEN] or null (only the norm is taken);
+// post_weight null: no post norm. out [T][HIDDEN]. Weights float32 [HIDDEN], taken plus `offset`.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_rms_norm(float* residual, const void* partial, const float* __restrict__ post_weight,
+                 const float* __restrict__ weight, void* out, float eps, float offset) {
+    norm_body<false>(residual, partial, post_weight, weight, out, eps, offset, {});
+}
+#if HIDDEN % 256 == 0
+// The same, and out once more as gemm.cu takes it.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    add_rms_norm_packed(float* residual, const void* partial, const float* __restrict__ post_weight, const float* __restrict__ weight,
+                        void* out, float eps, float offset, u8* packed, float* scales, int tiles, int wide) {
+    norm_body<true>(residual, partial, post_weight, weight, out, eps, offset, {packed, scales, tiles, wide});
+}
+#endif
 
 #endif

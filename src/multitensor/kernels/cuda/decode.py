@@ -16,6 +16,7 @@ import torch
 from multitensor.config import KV_GROUP
 from multitensor.kernels.cache_tensor import CacheTensor, QuantCache
 from multitensor.kernels.cuda.program import Program, launch
+from multitensor.kernels.cuda.small_batch import PackedRows
 
 MAX_SEQUENCES = 64
 MAX_UNITS = 64  # pieces that one sequence is cut into; one block adds them up. As in decode.cu
@@ -60,12 +61,14 @@ class DecodeKernels:
         post_weight: torch.Tensor | None = None,
         offset: float = 0.0,
         early: bool = True,
+        packed: PackedRows | None = None,
     ) -> None:
         """residual (float32 [S, H]) += partial ([S, H] float32 or out's type; None: nothing), through its own RMS norm
         first where post_weight is given; out = rms_norm(residual) * (weight + offset), float16 or bfloat16 [S, H].
 
         Weights are float32 [H]; H a multiple of 4, at most 16384. As Group.reduce_add_norm after its sum. early: may be
         launched before the kernel before it on the stream has ended, for which it then waits itself, and for no other.
+        packed: takes `out` as well, whose rows it then stands for; H a multiple of 256.
         """
         tokens, hidden = residual.shape
         if hidden % 4 or hidden > MAX_HIDDEN:
@@ -73,8 +76,13 @@ class DecodeKernels:
         threads = min(1024, -(-hidden // 4 // 32) * 32)
         kind = KINDS[out.dtype if partial is None else partial.dtype]
         program = self.program(HIDDEN=hidden, NTHREADS=threads, X_KIND=KINDS[out.dtype], PARTIAL_KIND=kind)
-        arguments = (residual, or_null(partial), or_null(post_weight), weight, out, float(eps), float(offset))
-        launch(program.kernel("add_rms_norm"), tokens, threads, 0, arguments, overlap=early and self.overlap)
+        rest = (weight, out, float(eps), float(offset))
+        arguments: tuple[Any, ...] = (residual, or_null(partial), or_null(post_weight), *rest)
+        name = "add_rms_norm"
+        if packed is not None:
+            name = "add_rms_norm_packed"
+            arguments += (packed.operands, packed.scales, packed.tiles, int(packed.wide))
+        launch(program.kernel(name), tokens, threads, 0, arguments, overlap=early and self.overlap)
 
     def norm_takes(self, residual: torch.Tensor, partial: torch.Tensor, *weights: torch.Tensor | None) -> bool:
         """Whether `add_rms_norm` can do it with an `out` of partial's type, which is float16 or bfloat16."""

@@ -8,17 +8,25 @@
 //
 // A unit is one super-block of columns of SLOTS row groups; units of all row groups, columns innermost, are dealt evenly
 // to the blocks, so every block streams the same number of bytes whatever the shape. A warp keeps its row groups' sums
-// in registers through a run of columns. Where a run is cut between blocks, the last of them to arrive adds up the parts in
-// order. Cuts and sums do not depend on the number of tokens: a token's result has the same bits in any company.
+// in registers through a run of columns. Where a run is cut between blocks, they add up the parts together, each a share of
+// the results. Cuts and sums do not depend on the number of tokens: a token's result has the same bits in any company.
 //
-// Defines beside gemv.cu's: ROW_TILES (row groups a warp), TOKEN_TILES (of eight tokens), NSTAGES, GATED_MODE.
+// Defines beside gemv.cu's: ROW_TILES (row groups a warp), TOKEN_TILES (of eight tokens), NSTAGES, GATED_MODE, WIDE.
 
 typedef unsigned short u16;
 
+// WIDE: wgmma of sm_90a, for types whose sums run through a super-block. Four warps make one product of 64 rows, which reads
+// the activations from shared memory itself, and go on decoding meanwhile.
+#ifndef WIDE
+#define WIDE 0
+#endif
+
 constexpr int MT = ROW_TILES, NT = TOKEN_TILES, STAGES = NSTAGES, SLOTS = WARPS * MT, THREADS = WARPS * 32;
+constexpr int TOGETHER = WIDE ? 4 * MT : MT;         // slots that are of one type
+constexpr int PADDED = TOGETHER < 4 ? 4 : TOGETHER;  // row groups: a matrix begins at a multiple of them, WIDE or not
 constexpr int CHUNK = NT * (4096 + 256 + 512);  // bytes of activations a super-block
 constexpr u32 EVERY_LANE = 0xffffffffu;
-static_assert(SLOTS % (2 * MT) == 0, "gate and up take half of the slots each");
+static_assert(SLOTS % (2 * TOGETHER) == 0, "gate and up take half of the slots each");
 
 // ---- arithmetic ----
 
@@ -55,6 +63,45 @@ __device__ __forceinline__ void product(float (&d)[4], u32 a0, u32 a1, u32 a2, u
         : "r"(a2), "r"(a3), "r"(b1));
 #endif
 }
+
+#if WIDE
+// d = a b + d, or a b where FIRST: 64 rows, of which a warp has 16, by 8 NT tokens by 16 columns. It goes on behind the
+// program's back until `wide_wait`. at: of b in shared memory, [2 eights of columns][tokens][16 bytes].
+#define FOUR(kind, n) kind(d[n][0]), kind(d[n][1]), kind(d[n][2]), kind(d[n][3])
+#if TOKEN_TILES == 1
+#define WIDE_NAME "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%0,%1,%2,%3},{%4,%5,%6,%7},%8,%9,1,1,0;"
+#define ALL(kind) FOUR(kind, 0)
+#elif TOKEN_TILES == 2
+#define WIDE_NAME "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7},{%8,%9,%10,%11},%12,%13,1,1,0;"
+#define ALL(kind) FOUR(kind, 0), FOUR(kind, 1)
+#elif TOKEN_TILES == 4
+#define WIDE_NAME                                                                                                          \
+    "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15},"          \
+    "{%16,%17,%18,%19},%20,%21,1,1,0;"
+#define ALL(kind) FOUR(kind, 0), FOUR(kind, 1), FOUR(kind, 2), FOUR(kind, 3)
+#else
+#define WIDE_NAME                                                                                                          \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"           \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31},{%32,%33,%34,%35},%36,%37,1,1,0;"
+#define ALL(kind) FOUR(kind, 0), FOUR(kind, 1), FOUR(kind, 2), FOUR(kind, 3), FOUR(kind, 4), FOUR(kind, 5), FOUR(kind, 6), FOUR(kind, 7)
+#endif
+#define NEW "=f"
+#define KEPT "+f"
+
+template <bool FIRST>
+__device__ __forceinline__ void wide_product(float (&d)[NT][4], const u32 (&a)[4], const u8* at) {
+    // Core matrices of eight tokens and 16 bytes lie whole; the next eight columns NT of them further, the next tokens behind.
+    const u64 where = (shared_address(at) & 0x3ffff) >> 4 | (u64)(NT * 128 >> 4) << 16 | (u64)(128 >> 4) << 32;
+    if (FIRST) asm volatile(WIDE_NAME : ALL(NEW) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(where), "n"(0) : "memory");
+    else asm volatile(WIDE_NAME : ALL(KEPT) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(where), "n"(1) : "memory");
+}
+__device__ __forceinline__ void wide_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wide_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT>  // groups that may still be under way
+__device__ __forceinline__ void wide_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
+// d is read behind this.
+__device__ __forceinline__ void wide_result(float (&d)[NT][4]) { asm volatile("" : ALL(KEPT)::"memory"); }
+#endif
 
 // ---- bytes to halves ----
 
@@ -241,6 +288,54 @@ template <class Q, Scale KIND> struct Form<Float32Columns<Q, KIND>> {
     }
 };
 
+#if WIDE
+// y += W x for the MT tiles at `tile`, `stride` bytes apart, and one chunk of activations. Operands of a sub-block are made
+// while the tensor cores are at the one before.
+template <class T>
+__device__ __forceinline__ void multiply(const u8* tile, int stride, const u8* x, int lane, float (&y)[MT][NT][4]) {
+    typedef typename T::Quants Q;
+    typedef Form<T> F;
+    static_assert(F::WHOLE, "sums that run through a super-block");
+    F form[MT];
+    typename Q::High high[MT];
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        form[m].load(tile + m * stride, lane >> 2);
+        high[m] = Q::high(tile + m * stride, lane);
+    }
+    float d[MT][NT][4];
+    u32 a[2][MT][2][4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        Fragment q[MT][2];
+#pragma unroll
+        for (int m = 0; m < MT; m++) Q::get(tile + m * stride, j, lane, high[m], q[m][0], q[m][1]);
+#pragma unroll
+        for (int p = 0; p < 2; p++) {
+            const int s = 2 * j + p;
+#pragma unroll
+            for (int m = 0; m < MT; m++) operands<Q, true>(q[m][p], form[m].factors(s), a[p][m]);
+            wide_begin();
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+#pragma unroll
+                for (int m = 0; m < MT; m++) {
+                    const u8* at = x + (2 * s + half) * NT * 256;
+                    if (s + half == 0) wide_product<true>(d[m], a[p][m][half], at);
+                    else wide_product<false>(d[m], a[p][m][half], at);
+                }
+            wide_commit();
+            wide_wait<1>();  // the operands before these may be made anew
+        }
+    }
+    wide_wait<0>();
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+        wide_result(d[m]);
+        form[m].finish(tile + m * stride, x + NT * 4096, lane, d[m], y[m]);
+    }
+}
+#else
 // y += W x for the MT tiles at `tile`, `stride` bytes apart, and one chunk of activations.
 template <class T>
 __device__ __forceinline__ void multiply(const u8* tile, int stride, const u8* x, int lane, float (&y)[MT][NT][4]) {
@@ -298,13 +393,14 @@ __device__ __forceinline__ void multiply(const u8* tile, int stride, const u8* x
         else form[m].finish(tile + m * stride, x + NT * 4096, lane, y[m]);
     }
 }
+#endif
 
 // ---- who does what ----
 
 struct Place { int part, group; };  // a row group of a matrix; part 3: none
 
-// Slot `slot` of panel `panel`. Matrices follow one another, each padded to an even number of groups, so that a warp's two
-// are of one type; of a gated pair half of the slots are gate's, the other half up's of the same rows.
+// Slot `slot` of panel `panel`. Matrices follow one another, each padded to a multiple of PADDED groups, so that those that
+// are multiplied together are of one type; of a gated pair half of the slots are gate's, the other half up's of the same rows.
 template <bool GATED>
 __device__ __forceinline__ Place place(const Matrices& m, int panel, int slot) {
     if (GATED) {
@@ -314,7 +410,7 @@ __device__ __forceinline__ Place place(const Matrices& m, int panel, int slot) {
     int group = panel * SLOTS + slot;
 #pragma unroll
     for (int part = 0; part < 3; part++) {
-        const int groups = ((m.rows(part) + ROWS - 1) / ROWS + 1) & ~1;
+        const int groups = ((m.rows(part) + ROWS - 1) / ROWS + PADDED - 1) / PADDED * PADDED;
         if (group < groups) return {group * ROWS < m.rows(part) ? part : 3, group};
         group -= groups;
     }
@@ -324,9 +420,9 @@ __device__ __forceinline__ Place place(const Matrices& m, int panel, int slot) {
 // Units are dealt evenly: block b takes those from its first to the next block's.
 struct Deal {
     u32 units, blocks;
-    __device__ __forceinline__ int first(int block) const { return (int)((u64)units * (u32)block / blocks); }
+    __device__ __forceinline__ int first(int block) const { return (int)(units * (u32)block / blocks); }  // in 32 bits: small_batch.py
     __device__ __forceinline__ int owner(int unit) const {
-        int block = (int)((u64)(u32)unit * blocks / units);
+        int block = (int)((u32)unit * blocks / units);
         while (first(block + 1) <= unit) block++;
         while (first(block) > unit) block--;
         return block;
@@ -419,62 +515,6 @@ __device__ __forceinline__ void order(const S& stages, int stage, const Matrices
 
 // ---- results ----
 
-// Parts of runs that were cut: [block][first or last run of the block][warp][row group][token tile][lane] float4. Of the
-// parts of a panel, in the order of columns, the last block to arrive makes the sum; `counters` are zero before and after.
-// True where that is this block, with the sum in y.
-__device__ __forceinline__ bool joined(float (&y)[MT][NT][4], float4* workspace, u32* counters, const Deal& deal, int panel, int n_kb, u32* flag) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, begin = panel * n_kb;
-    auto place_of = [&](int block) {
-        const int run = deal.first(block) / n_kb == panel ? 0 : 1;
-        return workspace + (((size_t)(block * 2 + run) * WARPS + warp) * MT * NT) * 32 + lane;
-    };
-    float4* mine = place_of(blockIdx.x);
-#pragma unroll
-    for (int m = 0; m < MT; m++)
-#pragma unroll
-        for (int n = 0; n < NT; n++) __stcg(mine + (m * NT + n) * 32, make_float4(y[m][n][0], y[m][n][1], y[m][n][2], y[m][n][3]));
-    __threadfence();
-    __syncthreads();
-    const int first = deal.owner(begin), last = deal.owner(begin + n_kb - 1);
-    if (threadIdx.x == 0) {
-        const bool is_last = atomicAdd(counters + panel, 1u) == (u32)(last - first);
-        if (is_last) counters[panel] = 0;
-        *flag = is_last;
-        __threadfence();
-    }
-    __syncthreads();
-    if (!*flag) return false;
-    constexpr int AT_ONCE = MT * NT <= 4 ? 4 : 1;  // parts whose loads are under way together
-    for (int next = first; next <= last; next += AT_ONCE) {
-        float4 v[AT_ONCE][MT][NT];
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            const float4* part = place_of(min(next + u, last));
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int n = 0; n < NT; n++) v[u][m][n] = __ldcg(part + (m * NT + n) * 32);
-        }
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; u++) {
-            if (next + u > last) break;
-            const bool start = next + u == first;
-#pragma unroll
-            for (int m = 0; m < MT; m++)
-#pragma unroll
-                for (int n = 0; n < NT; n++) {
-                    float(&to)[4] = y[m][n];
-                    const float4& part = v[u][m][n];
-                    to[0] = start ? part.x : to[0] + part.x;
-                    to[1] = start ? part.y : to[1] + part.y;
-                    to[2] = start ? part.z : to[2] + part.z;
-                    to[3] = start ? part.w : to[3] + part.w;
-                }
-        }
-    }
-    return true;
-}
-
 struct Result {
     void* y;
     const float *scales, *bias;
@@ -487,16 +527,40 @@ __device__ __forceinline__ void put(void* y, size_t at, float v) {
     else ((u16*)y)[at] = pack<BFLOAT>(v);
 }
 
-// Sums to results. Element e of a lane's four is row g + 8 (e / 2), token 2 c + e % 2 of the tile.
+// Element e of a lane's four is row g + 8 (e / 2), token 2 c + e % 2 of tile n: scaled, with its bias.
+__device__ __forceinline__ void complete(float (&v)[4], const Matrices& m, const Result& r, const Place& here, int n, bool gate) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+    const int before = here.part == 0 ? 0 : here.part == 1 ? m.rows0 : m.rows0 + m.rows1;
+    const float2 scale = *(const float2*)(r.scales + n * 8 + 2 * c);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int row = here.group * ROWS + g + 8 * (e >> 1);
+        v[e] *= e & 1 ? scale.y : scale.x;
+        if (r.bias && row < m.rows(here.part)) v[e] += r.bias[before + row];
+        if (gate) v[e] = activated(v[e], r.gelu);
+    }
+}
+
+// To where they belong; of a gated pair `here` is up's.
 template <bool BFLOAT, bool FLOAT_OUT, bool GATED>
-__device__ __forceinline__ void write(const float (&y)[MT][NT][4], const Matrices& m, const Result& r, int panel, float4* exchange) {
-    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
+__device__ __forceinline__ void deliver(const float (&v)[4], const Matrices& m, const Result& r, const Place& here, int n) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
     const int total = m.rows0 + (GATED ? 0 : m.rows1 + m.rows2);
+    const int before = GATED || here.part == 0 ? 0 : here.part == 1 ? m.rows0 : m.rows0 + m.rows1;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int row = here.group * ROWS + g + 8 * (e >> 1), token = n * 8 + 2 * c + (e & 1);
+        if (row < m.rows(here.part) && token < r.tokens) put<BFLOAT, FLOAT_OUT>(r.y, (size_t)token * total + before + row, v[e]);
+    }
+}
+
+// Sums of a panel that a block has whole.
+template <bool BFLOAT, bool FLOAT_OUT, bool GATED>
+__device__ __forceinline__ void write(float (&y)[MT][NT][4], const Matrices& m, const Result& r, int panel, float4* exchange) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     if (GATED) __syncthreads();  // the panel before has been read out of `exchange`
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        const int token = n * 8 + 2 * c;
-        const float2 scale = *(const float2*)(r.scales + token);
         float4* buffer = exchange + (n & 1) * (SLOTS / 2) * 32;
 #pragma unroll
         for (int pass = 0; pass < (GATED ? 2 : 1); pass++) {
@@ -506,32 +570,120 @@ __device__ __forceinline__ void write(const float (&y)[MT][NT][4], const Matrice
                 const int slot = warp * MT + t;
                 const Place here = place<GATED>(m, panel, slot);
                 if (here.part == 3 || (GATED && here.part != pass)) continue;
-                const int before = here.part == 0 ? 0 : here.part == 1 ? m.rows0 : m.rows0 + m.rows1;
                 float4* theirs = buffer + (slot % (SLOTS / 2)) * 32 + lane;
-                float gate[4] = {1.f, 1.f, 1.f, 1.f}, v[4];
-                if (GATED && pass) {
-                    const float4 got = *theirs;
-                    gate[0] = got.x;
-                    gate[1] = got.y;
-                    gate[2] = got.z;
-                    gate[3] = got.w;
+                float(&v)[4] = y[t][n];
+                complete(v, m, r, here, n, GATED && pass == 0);
+                if (GATED && pass == 0) {
+                    *theirs = make_float4(v[0], v[1], v[2], v[3]);
+                    continue;
                 }
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int row = here.group * ROWS + g + 8 * (e >> 1);
-                    v[e] = y[t][n][e] * (e & 1 ? scale.y : scale.x);
-                    if (row >= m.rows(here.part)) continue;
-                    if (r.bias) v[e] += r.bias[before + row];
-                    if (GATED && pass == 0) {
-                        v[e] = activated(v[e], r.gelu);
-                    } else if (token + (e & 1) < r.tokens) {
-                        const size_t at = (size_t)(token + (e & 1)) * total + (GATED ? 0 : before) + row;
-                        put<BFLOAT, FLOAT_OUT>(r.y, at, GATED ? gate[e] * v[e] : v[e]);
-                    }
+                if (GATED) {
+                    const float4 gate = *theirs;
+                    v[0] *= gate.x;
+                    v[1] *= gate.y;
+                    v[2] *= gate.z;
+                    v[3] *= gate.w;
                 }
-                if (GATED && pass == 0) *theirs = make_float4(v[0], v[1], v[2], v[3]);
+                deliver<BFLOAT, FLOAT_OUT, GATED>(v, m, r, here, n);
             }
         }
+    }
+}
+
+// ---- runs that were cut ----
+//
+// A panel whose columns are dealt to several blocks: each leaves its part, tells so, and goes on. Behind its last unit it
+// waits until all parts of its panels are there (every block runs: there are no more than multiprocessors), and adds up a
+// share of the rows and tokens, in the order of the columns. Parts: [block][first or last run][slot][token tile][lane]
+// float4. A panel's counter is zero before and after: parts come, then blocks leave, and the last of these wraps it.
+
+__device__ __forceinline__ float4* part_of(float4* workspace, int block, int run) {
+    return workspace + (size_t)(block * 2 + run) * SLOTS * NT * 32;
+}
+
+struct Cut {  // a panel's parts: those of blocks first to last, of which the first may have begun with another panel
+    int first, last, run;
+    __device__ __forceinline__ u32 count() const { return (u32)(last - first + 1); }
+    __device__ __forceinline__ Cut(const Deal& deal, int panel, int n_kb)
+        : first(deal.owner(panel * n_kb)), last(deal.owner(panel * n_kb + n_kb - 1)), run(deal.first(first) < panel * n_kb) {}
+};
+
+__device__ __forceinline__ void leave(const float (&y)[MT][NT][4], float4* workspace, u32* counters, int run, int panel) {
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+    float4* mine = part_of(workspace, blockIdx.x, run) + warp * MT * NT * 32 + lane;
+#pragma unroll
+    for (int m = 0; m < MT; m++)
+#pragma unroll
+        for (int n = 0; n < NT; n++) __stcg(mine + (m * NT + n) * 32, make_float4(y[m][n][0], y[m][n][1], y[m][n][2], y[m][n][3]));
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();  // of all that the barrier has put before it
+        atomicAdd(counters + panel, 1u);
+    }
+}
+
+// Sums of the panel's parts, at COUNT places of each; up to AT_ONCE of a place's are under way together.
+template <int COUNT, int AT_ONCE>
+__device__ __forceinline__ void add_parts(float (&v)[COUNT][4], float4* workspace, const Cut& cut, const int (&at)[COUNT]) {
+    const float4* head = part_of(workspace, cut.first, cut.run);
+    const float4* rest = part_of(workspace, cut.first, 0);
+    const int count = cut.last - cut.first + 1;
+    for (int first = 0; first < count; first += AT_ONCE) {
+        float4 part[AT_ONCE][COUNT];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++)
+#pragma unroll
+            for (int i = 0; i < COUNT; i++)
+                if (first + u < count) part[u][i] = __ldcg((first + u == 0 ? head : rest + (size_t)(first + u) * 2 * SLOTS * NT * 32) + at[i]);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; u++) {
+            if (first + u >= count) break;
+            const bool start = first + u == 0;
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) {
+                v[i][0] = start ? part[u][i].x : v[i][0] + part[u][i].x;
+                v[i][1] = start ? part[u][i].y : v[i][1] + part[u][i].y;
+                v[i][2] = start ? part[u][i].z : v[i][2] + part[u][i].z;
+                v[i][3] = start ? part[u][i].w : v[i][3] + part[u][i].w;
+            }
+        }
+    }
+}
+
+// Until all parts are there. One thread.
+__device__ __forceinline__ void wait_for_parts(u32* counter, u32 count) {
+    for (u32 looks = 1;; looks++) {
+        u32 come;
+        asm volatile("ld.relaxed.gpu.u32 %0, [%1];" : "=r"(come) : "l"(counter) : "memory");
+        if (come >= count) break;
+        if (looks >> 27) asm volatile("trap;");  // a minute: another kernel has taken the counters
+        asm volatile("nanosleep.u32 20;");
+    }
+    __threadfence();
+}
+
+// This block's share of a panel whose parts are there.
+template <bool BFLOAT, bool FLOAT_OUT, bool GATED>
+__device__ __forceinline__ void join(float4* workspace, const Cut& cut, int panel, const Matrices& m, const Result& r) {
+    constexpr int ITEMS = (GATED ? SLOTS / 2 : SLOTS) * NT, COUNT = GATED ? 2 : 1;
+    const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, stride = (cut.last - cut.first + 1) * WARPS;
+    for (int item = ((int)blockIdx.x - cut.first) * WARPS + warp; item < ITEMS; item += stride) {
+        const int slot = item / NT, n = item % NT;
+        Place here = place<GATED>(m, panel, slot);
+        if (here.part == 3) continue;
+        float v[COUNT][4];
+        int at[COUNT];
+        at[0] = item * 32 + lane;
+        if (GATED) at[COUNT - 1] = (item + ITEMS) * 32 + lane;
+        add_parts<COUNT, GATED ? 3 : 10>(v, workspace, cut, at);
+        complete(v[0], m, r, here, n, GATED);
+        if (GATED) {
+            here.part = 1;
+            complete(v[COUNT - 1], m, r, here, n, false);
+#pragma unroll
+            for (int e = 0; e < 4; e++) v[0][e] *= v[COUNT - 1][e];
+        }
+        deliver<BFLOAT, FLOAT_OUT, GATED>(v[0], m, r, here, n);
     }
 }
 
@@ -547,7 +699,6 @@ __device__ __forceinline__ void gemm_body(const Matrices& m, const u8* x, const 
     typedef Stages<A, B, GATED> S;
     float4* exchange = (float4*)(shared + STAGES * S::BYTES);
     u64* bars = (u64*)(exchange + (GATED ? 2 * (SLOTS / 2) * 32 : 0));
-    u32* flag = (u32*)(bars + 2 * STAGES);
     const S stages = {shared, bars, bars + STAGES};
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
     const Deal deal = {(u32)(panels * n_kb), gridDim.x};
@@ -571,11 +722,11 @@ __device__ __forceinline__ void gemm_body(const Matrices& m, const u8* x, const 
     for (int s = 0; s < STAGES - 1; s++) order(stages, s, m, x, n_kb, begin + s, end);
 #endif
 
-    int stage = 0;
+    int stage = 0, open_first = -1, open_last = -1;  // panels of the first and the last run, where they were cut
     u32 parity = 0;
     for (int unit = begin; unit < end;) {
-        const int panel = unit / n_kb, kb = unit - panel * n_kb, stop = min(n_kb, kb + end - unit);
-        const int part = place<GATED>(m, panel, warp * MT).part;
+        const int panel = unit / n_kb, kb = unit - panel * n_kb, stop = min(n_kb, kb + end - unit), run = unit == begin ? 0 : 1;
+        const int part = place<GATED>(m, panel, warp * MT / TOGETHER * TOGETHER).part;
         float y[MT][NT][4];
 #pragma unroll
         for (int t = 0; t < MT; t++)
@@ -614,9 +765,24 @@ __device__ __forceinline__ void gemm_body(const Matrices& m, const u8* x, const 
                 parity ^= 1;
             }
         }
-        const bool whole = kb == 0 && stop == n_kb;
-        if (whole || joined(y, workspace, counters, deal, panel, n_kb, flag)) write<BFLOAT, FLOAT_OUT, GATED>(y, m, result, panel, exchange);
+        if (kb == 0 && stop == n_kb) {
+            write<BFLOAT, FLOAT_OUT, GATED>(y, m, result, panel, exchange);
+        } else {
+            leave(y, workspace, counters, run, panel);
+            (run == 0 ? open_first : open_last) = panel;
+        }
     }
+    if (open_first < 0 && open_last < 0) return;
+    const Cut first(deal, max(open_first, 0), n_kb), last(deal, max(open_last, 0), n_kb);
+    auto come = [&](int panel, const Cut& cut) {
+        wait_for_parts(counters + panel, cut.count());
+        atomicInc(counters + panel, 2 * cut.count() - 1);
+    };
+    if (threadIdx.x == 0 && open_first >= 0) come(open_first, first);
+    if (threadIdx.x == 32 && open_last >= 0) come(open_last, last);
+    __syncthreads();
+    if (open_first >= 0) join<BFLOAT, FLOAT_OUT, GATED>(workspace, first, open_first, m, result);
+    if (open_last >= 0) join<BFLOAT, FLOAT_OUT, GATED>(workspace, last, open_last, m, result);
 }
 
 // w0, w1, w2: tiles of up to three matrices of the same columns (rows0, rows1, rows2 of them, 0 for none); bit i of kinds:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,16 +32,23 @@ def cache_folder() -> Path:
 class Program:
     """The kernels of one or more .cu files, one behind the other, with one set of defines, for one device.
 
-    Of several files the last gives the kernels; those before it only lend their device functions.
+    Of several files the last gives the kernels; those before it only lend their device functions. features: "a" for
+    what this architecture alone has.
     """
 
-    def __init__(self, sources: str | tuple[str, ...], defines: Mapping[str, object], device: torch.device) -> None:
+    def __init__(
+        self,
+        sources: str | tuple[str, ...],
+        defines: Mapping[str, object],
+        device: torch.device,
+        features: Literal["", "a"] = "",
+    ) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         self._device = device
         with _ONE_AT_A_TIME:
             from cuda.core import ObjectCode
 
-            self._module = ObjectCode.from_cubin(_compiled(sources, defines, f"sm_{major}{minor}"))
+            self._module = ObjectCode.from_cubin(_compiled(sources, defines, f"sm_{major}{minor}{features}"))
         self._kernels: dict[str, Any] = {}
 
     def kernel(self, name: str) -> Any:
