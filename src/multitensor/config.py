@@ -103,13 +103,11 @@ def check_ratio(ratio: tuple[float, ...]) -> None:
 HOST_RELAY = "host-relay"
 Q8_WIRE = "q8-wire"
 INT8_PROMPTS = "int8-prompts"
-ONE_LAUNCH_LOGPROBS = "one-launch-logprobs"
 EXPERIMENTS = {
     HOST_RELAY: "one launch from attention to attention also for GPUs that do not reach each other's memory, with sums "
     "through the host's",
     INT8_PROMPTS: "long prompts' query, key, value, gate and up in 8 bits: small models lose 0.3% of perplexity; "
     "slower than 16 bits on an H200, for GPUs whose 8-bit tensor cores are several times as fast",
-    ONE_LAUNCH_LOGPROBS: "log-probabilities on GPUs by one launch a step",
     Q8_WIRE: "between such GPUs sums of many tokens in 8 bits, each off by about 1%",
 }
 

@@ -227,7 +227,7 @@ def chunk_requests(turn: int) -> None:
 
 def sampling_requests(turn: int) -> None:
     """Sampling in one launch, log-probabilities in another, and what a recorded step samples."""
-    CudaTokenChooser(128256, CPU, logprobs=True)
+    CudaTokenChooser(128256, CPU)
     GreedySampler(1, CPU)
 
 

@@ -288,7 +288,7 @@ def test_a_sampler_tells_logprobs_in_one_launch(monkeypatch: pytest.MonkeyPatch)
         sampling_setup(2, temperature=1.0, top_k=5, logprobs=1),
     ]
     ours, torchs = (
-        Sampler(3, vocab, 64, CPU, CudaTokenChooser(vocab, CPU, logprobs=True)),
+        Sampler(3, vocab, 64, CPU, CudaTokenChooser(vocab, CPU)),
         Sampler(3, vocab, 64, CPU),
     )
     for sampler in (ours, torchs):

@@ -25,11 +25,10 @@ MOST_ROWS = 64  # of one launch
 class CudaTokenChooser:
     """See kernels/token_rows.py. Its launches follow one another on one stream.
 
-    parts: blocks of a row, other than what the device is best served with. Results do not depend on it. logprobs:
-    whether it tells log-probabilities too.
+    parts: blocks of a row, other than what the device is best served with. Results do not depend on it.
     """
 
-    def __init__(self, columns: int, device: torch.device, parts: int | None = None, *, logprobs: bool = False) -> None:
+    def __init__(self, columns: int, device: torch.device, parts: int | None = None) -> None:
         """Raises ValueError where a row needs more blocks than the GPU runs at once: they wait for each other."""
         self._columns, self._device, self._given = columns, device, parts
         properties = torch.cuda.get_device_properties(device)
@@ -44,7 +43,7 @@ class CudaTokenChooser:
         self._uploads = Uploads(device)
         self._states = torch.zeros(MOST_ROWS, _STATE_BYTES, dtype=torch.uint8, device=device)
         self._turns = torch.zeros(1, dtype=torch.int32, device=device)
-        self._logprobs = CudaLogprobs(columns, device) if logprobs else None
+        self._logprobs = CudaLogprobs(columns, device)
 
     def run(
         self,
@@ -81,7 +80,7 @@ class CudaTokenChooser:
         return ids
 
     def logprobs(self, logits: torch.Tensor, ids: torch.Tensor, rows: np.ndarray, most: int) -> torch.Tensor | None:
-        if self._logprobs is None or most > MOST:
+        if most > MOST:
             return None
         return self._logprobs.run(logits, ids, rows, most)
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from multitensor.config import INT8_PROMPTS, ONE_LAUNCH_LOGPROBS
+from multitensor.config import INT8_PROMPTS
 from multitensor.kernels.attention_inputs import AttentionInputs
 from multitensor.kernels.cache_tensor import CacheTensor
 from multitensor.kernels.cuda.choose import CudaTokenChooser
@@ -39,7 +39,6 @@ class CudaKernels(Kernels):
 
     name = "cuda"
     int8_products: Int8Products | None = None
-    _tells_logprobs = False
 
     def __init__(self, device: torch.device, exact: bool) -> None:
         super().__init__(device, exact)
@@ -55,11 +54,10 @@ class CudaKernels(Kernels):
         if INT8_PROMPTS in experimental and is_int8_possible(self.device):
             self.int8_products = Int8Products(self.device, EXPAND_BYTES)
             self.rounds_prompts = True
-        self._tells_logprobs = ONE_LAUNCH_LOGPROBS in experimental
 
     def token_chooser(self, columns: int) -> TokenChooser | None:
         try:
-            return CudaTokenChooser(columns, self.device, logprobs=self._tells_logprobs)
+            return CudaTokenChooser(columns, self.device)
         except ValueError:  # the GPU is too small for rows of so many
             return None
 
