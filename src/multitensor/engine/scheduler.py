@@ -66,9 +66,7 @@ class Update:
     logprobs: TokenLogprobs | None = None
 
 
-KEPT_TOKENS = (
-    32  # that a sequence makes after one preemption for another key before the next: what computing again costs
-)
+KEPT_TOKENS = 16  # that a sequence makes before it is preempted for another key again
 MOST_PROMPTS = 4  # that take whole pieces of a step: attention of a prompt is a launch of its own on GPUs
 
 
