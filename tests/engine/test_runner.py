@@ -269,3 +269,39 @@ def test_ranks_sample_in_one_launch_only_together(
         return runner.sampler.chooser is not None
 
     assert on_ranks(2, work) == [having == {0, 1}] * 2
+
+
+class RecordedSteps:
+    """As DecodeGraphs: at most 64 sequences, and what one run yields is gone with the next. Logits name the token, the
+    slot, the context and the first block of each sequence."""
+
+    def __init__(self) -> None:
+        self.logits, self.ids = torch.zeros(64, 4), torch.zeros(64, dtype=torch.int64)
+        self.sizes: list[int] = []
+
+    def run(
+        self, token_ids: np.ndarray, slots: np.ndarray, context_lens: np.ndarray, block_tables: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        count = len(slots)
+        self.sizes.append(count)
+        self.logits.zero_()
+        columns = np.stack([token_ids, slots, context_lens, block_tables[:, 0]], 1)
+        self.logits[:count] = torch.from_numpy(columns.astype(np.float32))
+        self.ids[:count] = torch.from_numpy(slots.astype(np.int64)) * 3
+        return self.logits[:count], self.ids[:count]
+
+
+@pytest.mark.parametrize(("sequences", "sizes"), [(64, [64]), (65, [64, 1]), (150, [64, 64, 22])])
+def test_more_sequences_than_a_recorded_step_takes(sequences: int, sizes: list[int]) -> None:
+    slots = np.random.default_rng(0).permutation(sequences)
+    ids, contexts = [[int(slot) + 5] for slot in slots], [int(slot) + 1 for slot in slots]
+    tables = slots.astype(np.int32).reshape(-1, 1) + 7
+    step = make_step(0, slots.tolist(), ids, contexts, tables)
+    graphs = RecordedSteps()
+    logits, likeliest = runner_module._run_graphs(graphs, step)  # type: ignore[arg-type]
+    expected = np.stack([slots + 5, slots, slots + 1, slots + 7], 1)
+    assert torch.equal(logits, torch.from_numpy(expected).float())
+    assert torch.equal(likeliest, torch.from_numpy(slots) * 3)
+    assert graphs.sizes == sizes
+    assert runner_module._is_small_decode(step, sequences)
+    assert not runner_module._is_small_decode(step, sequences - 1)

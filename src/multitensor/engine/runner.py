@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SCORE_SCRATCH_BYTES = 256 << 20
 MAX_GRAPH_SEQUENCES = 64
+MAX_GRAPH_PARTS = 4  # recorded steps, one after the other, that beat a step of launches, where weights are quantised
 
 Score = tuple[list[int], list[float], float | None]
 
@@ -73,11 +74,24 @@ class BegunStep:
     sums: dict[int, np.ndarray]
 
 
-def _is_small_decode(step: StepInput) -> bool:
-    """One new token each for few sequences, and nothing but logits wanted of it."""
-    few = len(step.query_lens) <= MAX_GRAPH_SEQUENCES
+def _is_small_decode(step: StepInput, most: int) -> bool:
+    """One new token each for at most so many sequences, and nothing but logits wanted of it."""
+    few = len(step.query_lens) <= most
     plain = not step.score_top.any() and not step.pooled
     return few and plain and bool((step.query_lens == 1).all()) and bool(step.sample.any())
+
+
+def _run_graphs(graphs: DecodeGraphs, step: StepInput) -> tuple[torch.Tensor, torch.Tensor]:
+    """As DecodeGraphs.run, of any number of sequences: so many at a time as are recorded."""
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for first in range(0, len(step.slots), MAX_GRAPH_SEQUENCES):
+        part = slice(first, first + MAX_GRAPH_SEQUENCES)
+        rows, ids = graphs.run(step.token_ids[part], step.slots[part], step.context_lens[part], step.block_tables[part])
+        is_last = first + MAX_GRAPH_SEQUENCES >= len(step.slots)  # what others yield is gone after the next run
+        parts.append((rows, ids) if is_last else (rows.clone(), ids.clone()))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([rows for rows, _ in parts]), torch.cat([ids for _, ids in parts])
 
 
 def _sums(step: StepInput, hidden: torch.Tensor, starts: np.ndarray) -> dict[int, np.ndarray]:
@@ -192,8 +206,8 @@ class ModelRunner:
     def _forward(self, step: StepInput, started: torch.cuda.Event | None) -> ForwardedStep:
         for setup in step.setups:
             self.sampler.admit(setup)
-        if self._graphs is not None and _is_small_decode(step):
-            rows, likeliest = self._graphs.run(step.token_ids, step.slots, step.context_lens, step.block_tables)
+        if self._graphs is not None and _is_small_decode(step, self._most_recorded(self._graphs)):
+            rows, likeliest = _run_graphs(self._graphs, step)
             chosen = np.flatnonzero(step.sample)
             if len(chosen) < len(rows):
                 places = to_device(chosen, self.device)
@@ -251,6 +265,12 @@ class ModelRunner:
             copied = self.clock.mark()
             ids = host
         return BegunStep(step.step, len(step.slots), chosen, ids, copied, forwarded.started, logprobs, scores, sums)
+
+    @staticmethod
+    def _most_recorded(graphs: DecodeGraphs) -> int:
+        """Sequences of a step that recorded ones do. In parts they read the weights for each, which beats expanding
+        quantised weights to numbers, but hardly reading float weights once."""
+        return MAX_GRAPH_SEQUENCES * (MAX_GRAPH_PARTS if graphs.reads_quantised else 1)
 
     def _token_ids(self, step: StepInput) -> torch.Tensor:
         """int64 [T] on the device; -1 becomes what the sequence's slot sampled last, which the host may not know."""

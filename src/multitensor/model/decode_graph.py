@@ -66,6 +66,11 @@ class DecodeGraphs:
         self._pool: Any | None = None
 
     @property
+    def reads_quantised(self) -> bool:
+        """Whether the layers' matrices are read as they lie, quantised."""
+        return isinstance(self._parts[0].layers[0].feed_forward.down, TiledTensor)
+
+    @property
     def nbytes(self) -> int:
         """What the graphs that were needed so far keep on the device, but for the memory that torch reuses."""
         return sum(graph.nbytes for graph in self._graphs.values())
