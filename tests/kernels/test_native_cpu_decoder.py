@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -181,7 +182,7 @@ def test_attention_refuses_what_lies_outside_the_cache(kernels: NativeKernels) -
         kernels.paged_attention(q, case.k_cache, case.v_cache, case.inputs, (1,), 1.0)
     case.inputs.block_tables[0, 0] = case.k_cache.shape[0]
     with pytest.raises(ValueError, match="outside the cache"):
-        kernels.paged_attention(q, case.k_cache, case.v_cache, AttentionInputs(**vars(case.inputs)), (0,), 1.0)
+        kernels.paged_attention(q, case.k_cache, case.v_cache, replace(case.inputs), (0,), 1.0)
 
 
 def test_not_a_number_reaches_the_attention_result(kernels: NativeKernels) -> None:
