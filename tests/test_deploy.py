@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import ssl
 import subprocess
 import sys
@@ -96,6 +97,8 @@ class _Health(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
+    if request.param == "https" and shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command, for a certificate")
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Health)
     if request.param == "https":
         cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
